@@ -1,0 +1,44 @@
+# Every target sets itself up: Python and pip are all it needs. Everything is installed into .venv
+# under constraints.txt; a stamp file makes the next run skip the installation.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+LOCK   := pyproject.toml constraints.txt
+
+.PHONY: demo test test-full bench clean
+
+## demo: train on real digits with K-FAC, Shampoo, AdaGrad, SGD and AdamW, 3 seeds; writes demo/
+demo: $(VENV)/.demo
+	$(BIN)/precond compare --task digits_mlp --task digits_conv \
+	  --contenders sgd,adamw,kfac,shampoo,adagrad --seeds 3 --epochs 15 --out demo
+
+## test: lint, types, tests and doctests
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+## test-full: the same, with the tests that are marked slow
+test-full: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
+
+## bench: step time and peak memory over SGD's, beside ASDL's
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/step_time.py
+
+# torch comes first and by its exact version, so that no other package pulls in another build.
+$(VENV)/.torch: $(LOCK)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools "torch==2.13.0"
+	touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch
+	$(PIP) --no-build-isolation -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo bench .mypy_cache .pytest_cache .ruff_cache

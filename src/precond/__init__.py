@@ -1,0 +1,28 @@
+"""Gradient preconditioning for PyTorch: a curvature matrix, in a representation, inverted by a solver.
+
+    direction = (C, damped) ^ (-power) applied to the gradient
+"""
+
+from precond import damping, history, likelihoods, matrices, operators, representations, solvers, transforms
+from precond.cells import Cell, combinations
+from precond.errors import (
+    InvalidCombination,
+    NeedsTrajectory,
+    ObservationError,
+    PrecondError,
+    RefreshFailure,
+    SolverFailure,
+    UnknownName,
+    UsageError,
+)
+from precond.inversion import inverse
+from precond.preconditioner import Preconditioner
+from precond.standalone import curvature
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cell", "InvalidCombination", "NeedsTrajectory", "ObservationError", "PrecondError", "Preconditioner", "RefreshFailure",
+    "SolverFailure", "UnknownName", "UsageError", "combinations", "curvature", "damping", "history", "inverse", "likelihoods",
+    "matrices", "operators", "representations", "solvers", "transforms",
+]  # fmt: skip

@@ -1,0 +1,117 @@
+"""Which cells (matrix, representation, solver) have a meaning, and why the others have none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from precond.damping import Damping, resolve
+from precond.errors import InvalidCombination, SolverFailure
+from precond.matrices import REGISTRY as MATRICES
+from precond.matrices import Matrix
+from precond.observe import Kind
+from precond.operators import Dense, Diagonal, Kronecker, MatrixFree, Operator
+from precond.representations import REGISTRY as REPRESENTATIONS
+from precond.representations import Representation
+from precond.solvers import REGISTRY as SOLVERS
+from precond.solvers import Solver
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of the table; `reason` says why where it is not valid."""
+
+    matrix: str
+    repr: str
+    solver: str
+    valid: bool
+    reason: str | None
+
+
+def resolve_kind(matrix: Matrix, representation: Representation) -> Kind | None:
+    """The first request of the representation that the matrix can supply."""
+    return next((kind for kind in representation.requests if kind in matrix.supplies), None)
+
+
+def _words(kinds: tuple[Kind, ...]) -> str:
+    return " or ".join({"columns": "columns (a, g)", "gradient": "the gradient of the step", "product": "products"}[k] for k in kinds)
+
+
+def why_not(matrix: Matrix, representation: Representation, solver: Solver) -> str | None:
+    """The reason a cell has no meaning, or None."""
+    if resolve_kind(matrix, representation) is None:
+        return (
+            f"representation {representation.name!r} is built from {_words(representation.requests)}, "
+            f"but matrix {matrix.name!r} gives only {_words(matrix.supplies)}"
+        )
+    if not solver.takes(representation.structure):
+        taken = ", ".join(sorted({s.__name__ for s in solver.accepts}))
+        return f"solver {solver.name!r} takes {taken} operators, but representation {representation.name!r} makes a {representation.structure.__name__}"
+    if not matrix.definite and solver.power != 1 and getattr(solver, "spectrum", "auto") not in ("abs", "clamp"):
+        return (
+            f"matrix {matrix.name!r} is indefinite and has no real power -{solver.power:g}: use power=1, "
+            "or spectrum='abs' or 'clamp' of the 'eigen' or 'elementwise' solver"
+        )
+    return None
+
+
+def specimen(structure: type[Operator]) -> Operator:
+    """A small operator of a structure, to ask a solver whether it can take a damping."""
+    eye = torch.eye(2)
+    if structure is MatrixFree:
+        return MatrixFree(lambda v: v, 2, eye.dtype, "cpu")
+    return {Dense: lambda: Dense(eye), Diagonal: lambda: Diagonal(torch.ones(2)), Kronecker: lambda: Kronecker(eye, eye)}[structure]()
+
+
+def why_not_damping(representation: Representation, solver: Solver, damping: float | Damping) -> str | None:
+    """The reason the solver cannot invert this representation with this damping, or None."""
+    operator = specimen(representation.structure)
+    try:
+        solver.init(operator, resolve(damping, solver.natural_damping(representation.structure)))
+    except InvalidCombination as error:
+        return str(error)
+    except SolverFailure:  # a matter of numbers, not of kinds
+        return None
+    return None
+
+
+def combinations() -> list[Cell]:
+    """Every cell of the three registries, with default options.
+
+    >>> [c.reason for c in combinations() if (c.matrix, c.repr, c.solver) == ("fisher_mc", "kron_io", "cholesky")]
+    [None]
+    """
+    return [_cell(m, r, s) for m in MATRICES.names() for r in REPRESENTATIONS.names() for s in SOLVERS.names()]
+
+
+def _cell(matrix: str, representation: str, solver: str) -> Cell:
+    reason = why_not(MATRICES.create(matrix), REPRESENTATIONS.create(representation), SOLVERS.create(solver))
+    return Cell(matrix, representation, solver, reason is None, reason)
+
+
+def _nearby(matrix: Matrix, representation: Representation, solver: Solver) -> Iterator[tuple[Matrix, Representation, Solver]]:
+    """Cells by distance: another solver, another representation, another matrix, then two changes."""
+    matrices = [MATRICES.create(n) for n in MATRICES.names()]
+    representations = [REPRESENTATIONS.create(n) for n in REPRESENTATIONS.names()]
+    solvers = [SOLVERS.create(n) for n in SOLVERS.names()]
+    yield from ((matrix, representation, s) for s in solvers)
+    yield from ((matrix, r, solver) for r in representations)
+    yield from ((m, representation, solver) for m in matrices)
+    yield from ((matrix, r, s) for r in representations for s in solvers)
+
+
+def check(matrix: Matrix, representation: Representation, solver: Solver, damping: float | Damping) -> Kind:
+    """The kind of observation of a valid cell; raises `InvalidCombination` with the reason and the nearest valid choice."""
+    reason = why_not(matrix, representation, solver)
+    if reason is not None:
+        near = next((c for c in _nearby(matrix, representation, solver) if why_not(*c) is None), None)
+        choice = "" if near is None else f". The nearest valid choice is matrix={near[0].name!r}, repr={near[1].name!r}, solver={near[2].name!r}"
+        raise InvalidCombination(f"{reason}{choice}.")
+    refused = why_not_damping(representation, solver, damping)
+    if refused is not None:
+        raise InvalidCombination(refused)
+    kind = resolve_kind(matrix, representation)
+    assert kind is not None
+    return kind

@@ -1,0 +1,172 @@
+"""The command line: `precond list`, `precond show`, `precond compare`.
+
+What a program might read goes to standard output, everything else to standard error. A mistake of
+the user is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
+
+import precond
+from precond.errors import PrecondError
+
+USER_ERROR = 2
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+
+Members = dict[str, str]
+
+SHOWN = (
+    "name", "title", "matrix", "repr", "solver", "formula", "summary", "options", "outer", "scope", "cost", "citation",
+)  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with a mistake in one line instead of the usage and a line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    try:
+        return command(parsed)
+    except BrokenPipeError:  # `precond list | head` closed our output: nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("precond: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (PrecondError, OSError) as error:
+        print(f"precond: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="precond", description="Gradient preconditioning: matrices, representations, solvers, and methods made of them.")
+    parser.add_argument("--version", action="version", version=f"precond {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="the members of an axis, the recipes, or the valid combinations")
+    listing.add_argument("what", nargs="?", choices=[*_AXES, "recipes", "combinations"], help="default: the three axes and the recipes")
+    listing.add_argument("--all", action="store_true", help="combinations: the refused ones too, with the reason")
+    listing.add_argument("--json", action="store_true", help="for a program to read")
+    listing.set_defaults(command=_list)
+
+    show = commands.add_parser("show", help="a recipe: its triple, formula, defaults, cost and citation")
+    show.add_argument("recipe", help="the name of a recipe, or a path to a TOML file")
+    show.add_argument("--json", action="store_true", help="for a program to read")
+    show.set_defaults(command=_show)
+
+    from precond.compare.command import add_arguments
+
+    compare = commands.add_parser("compare", help="train several methods on one task under one budget and report")
+    add_arguments(compare)
+    compare.set_defaults(command=_compare)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("precond")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "(not installed)"
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from precond.compare.command import execute
+
+    return execute(arguments)
+
+
+# precond list
+
+
+def _axis(registry: Any) -> Members:
+    return {name: _first_line(registry.get(name)) for name in registry.names()}
+
+
+def _recipes() -> Members:
+    return {name: str(getattr(precond.load_recipe(name), "title", "")) for name in precond.recipes()}
+
+
+_AXES: dict[str, Callable[[], Members]] = {
+    "matrices": lambda: _axis(precond.matrices),
+    "representations": lambda: _axis(precond.representations),
+    "solvers": lambda: _axis(precond.solvers),
+}
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    if arguments.what == "combinations":
+        return _combinations(every=arguments.all, as_json=arguments.json)
+    sources = {**_AXES, "recipes": _recipes}
+    sections = {name: sources[name]() for name in ([arguments.what] if arguments.what else sources)}
+    if arguments.json:
+        _print_json(sections[arguments.what] if arguments.what else sections)
+        return 0
+    for index, (name, members) in enumerate(sections.items()):
+        if not arguments.what:
+            print(("\n" if index else "") + name)
+        _print_table([(member, line) for member, line in members.items()])
+    return 0
+
+
+def _combinations(*, every: bool, as_json: bool) -> int:
+    cells = [cell for cell in precond.combinations() if every or cell.valid]
+    if as_json:
+        _print_json([{key: getattr(cell, key) for key in ("matrix", "repr", "solver", "valid", "reason")} for cell in cells])
+        return 0
+    rows = [(cell.matrix, cell.repr, cell.solver, *(["" if cell.valid else f"refused: {cell.reason}"] if every else [])) for cell in cells]
+    _print_table([("MATRIX", "REPRESENTATION", "SOLVER", *([""] if every else [])), *rows])
+    return 0
+
+
+def _first_line(member: object) -> str:
+    lines = (inspect.getdoc(member) or "").splitlines()
+    return lines[0] if lines else ""
+
+
+# precond show
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    recipe = precond.load_recipe(arguments.recipe)
+    shown = {key: value for key in SHOWN if (value := getattr(recipe, key, None)) not in (None, "", {}, ())}
+    if arguments.json:
+        _print_json(shown)
+        return 0
+    lines: list[tuple[str, str]] = []
+    for key, value in shown.items():
+        values = [f"{k} = {v}" for k, v in value.items()] if isinstance(value, dict) else str(value).strip().splitlines()
+        lines += [(key if index == 0 else "", line) for index, line in enumerate(values)]
+    _print_table(lines)
+    return 0
+
+
+# printing
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Left-aligned columns, two spaces apart."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_json(value: dict[str, Any] | Members | Iterable[Any]) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

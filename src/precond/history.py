@@ -1,0 +1,188 @@
+"""Histories: how statistics of one step are merged with those before. Only statistics are, and each entry says how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from precond.errors import UnknownName
+from precond.merging import COUNT, WEIGHT, Accumulator, History, check_shape, divide
+from precond.registry import closest
+from precond.statistics import Kind, Stat, Statistics
+
+__all__ = ["COUNT", "WEIGHT", "Ema", "History", "Local", "Mean", "Sum", "Window", "resolve"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(History):
+    """The last observation alone."""
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"mean", "rows", "local"})
+
+    def _merge(self, result: Statistics, name: str, x: Tensor, stat: Stat, valid: Tensor) -> None:
+        old: Tensor | None = result.get(name)
+        # rows may change in number; then there is no old value to fall back to that has the shape the graph of the program knows
+        weight = valid.to(torch.float64)
+        if old is not None and old.shape == x.shape:
+            x, weight = torch.where(valid, x, old), torch.maximum(weight, result[name + WEIGHT])
+        result[name], result[name + WEIGHT] = x, weight
+
+    def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
+        value: Tensor = statistics[name]
+        return value
+
+
+@dataclass(frozen=True)
+class Ema(Accumulator):
+    """S <- beta S + (1 - beta) X from S = 0, divided by its weight.
+
+    Args:
+        beta: the weight of the OLD value, in [0, 1).
+        debias: divide by the weight 1 - beta^t, so that the average of a constant is that constant from the first step.
+        schedule: "constant", or "martens": beta_t = min(1 - 1/t, beta), a plain mean until beta is reached, which needs no bias correction.
+
+    >>> spec = {"A": Stat("mean")}
+    >>> history = Ema(0.9)
+    >>> history.read(history.merge(None, {"A": torch.ones(2)}, spec), spec)["A"]
+    tensor([1., 1.])
+    """
+
+    beta: float
+    debias: bool = True
+    schedule: Literal["constant", "martens"] = "constant"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta is the weight of the old value and lies in [0, 1), not {self.beta}; for one step use history='local'.")
+        if self.schedule not in ("constant", "martens"):
+            raise ValueError(f"the schedule of an Ema is 'constant' or 'martens', not {self.schedule!r}.")
+
+    def _rates(self, result: Statistics, name: str, x: Tensor, valid: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        if self.schedule == "constant":
+            return self.beta, 1 - self.beta
+        count = result.get(name + COUNT)
+        count = torch.zeros((), dtype=torch.float64, device=x.device) if count is None else count
+        result[name + COUNT] = count + valid.to(count.dtype)
+        beta = (1 - 1 / (count + 1)).clamp(max=self.beta)
+        return beta, 1 - beta
+
+    def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
+        value: Tensor = statistics[name]
+        return super()._read(statistics, name, stat) if self.debias else value
+
+
+@dataclass(frozen=True)
+class Sum(Accumulator):
+    """The sum of all observations, as in AdaGrad and Shampoo.
+
+    Args:
+        initial: enters once: initial * I for an entry of form "matrix", initial everywhere for "diagonal", nothing for "plain".
+
+    >>> spec = {"L": Stat("mean", form="matrix")}
+    >>> history = Sum(0.5)
+    >>> history.read(history.merge(None, {"L": torch.ones(2, 2)}, spec), spec)["L"]
+    tensor([[1.5000, 1.0000],
+            [1.0000, 1.5000]])
+    """
+
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.initial < float("inf"):
+            raise ValueError(f"the initial value of a Sum is finite and at least 0, not {self.initial}.")
+
+    def _start(self, x: Tensor, stat: Stat) -> Tensor:
+        if stat.form == "matrix":
+            return self.initial * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
+        return torch.full_like(x, self.initial if stat.form == "diagonal" else 0.0)
+
+    def _rates(self, result: Statistics, name: str, x: Tensor, valid: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        return 1.0, 1.0
+
+    def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
+        value: Tensor = statistics[name]
+        return torch.where(statistics[name + WEIGHT] > 0, value, torch.zeros_like(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(Accumulator):
+    """The mean of all observations."""
+
+    def _rates(self, result: Statistics, name: str, x: Tensor, valid: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        return 1.0, 1.0
+
+
+@dataclass(frozen=True)
+class Window(History):
+    """The last m observations, as in M-FAC and GGT.
+
+    Entries averaged are kept as a stack of m. Rows are concatenated, oldest first, and scaled so that rows^T rows is the mean over the
+    observations (M-FAC) or their sum (GGT). An invalid observation is left out; where it brings another number of rows than the one it
+    would push out, it takes a place of zeros in the window instead, with weight 0, since the device decides what is valid and the host
+    what the shapes are.
+
+    Args:
+        m: the number of observations.
+        reduction: "mean" or "sum", over the observations so far.
+
+    >>> spec = {"U": Stat("rows")}
+    >>> history, kept = Window(2), None
+    >>> for x in (1.0, 2.0, 3.0):
+    ...     kept = history.merge(kept, {"U": torch.full((1, 1), x)}, spec)
+    >>> history.read(kept, spec)["U"].square().sum()  # (4 + 9) / 2
+    tensor(6.5000)
+    """
+
+    m: int
+    reduction: Literal["mean", "sum"] = "mean"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"mean", "rows", "local"})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.m, bool) or not isinstance(self.m, int) or self.m < 1:
+            raise ValueError(f"a Window holds a whole number of observations, at least 1, not {self.m!r}.")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"the reduction of a Window is 'mean' or 'sum', not {self.reduction!r}.")
+
+    def _merge(self, result: Statistics, name: str, x: Tensor, stat: Stat, valid: Tensor) -> None:
+        weight = result.get(name + WEIGHT, torch.zeros(self.m, dtype=torch.float64, device=x.device))  # of each place, oldest first
+        pushed = torch.cat([weight[1:], valid.to(weight.dtype)[None]])
+        if stat.kind == "mean":
+            stack = result.get(name, x.new_zeros(self.m, *x.shape))
+            check_shape(name, stack[0], x)
+            new, exchangeable = torch.cat([stack[1:], x[None]]), True
+        else:
+            # how many rows each place has: on the CPU, where shapes are known
+            counts = result.get(name + COUNT, torch.zeros(self.m, dtype=torch.int64))
+            stack = result.get(name, x[:0])
+            new = torch.cat([stack[int(counts[0]) :], x])
+            exchangeable = bool((counts == x.shape[0]).all())
+            result[name + COUNT] = torch.cat([counts[1:], torch.tensor([x.shape[0]])])
+        result[name] = torch.where(valid, new, stack) if exchangeable else new
+        result[name + WEIGHT] = torch.where(valid, pushed, weight) if exchangeable else pushed
+
+    def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
+        value: Tensor = statistics[name]
+        weight = statistics[name + WEIGHT].sum() if self.reduction == "mean" else torch.ones((), dtype=torch.float64, device=value.device)
+        return divide(value.sum(0), weight) if stat.kind == "mean" else divide(value, weight.sqrt())
+
+
+def resolve(history: str | float | History) -> History:
+    """A history, from one, from "local", or from the weight of the old value of an `Ema`.
+
+    >>> resolve(0.95)
+    Ema(beta=0.95, debias=True, schedule='constant')
+    """
+    if isinstance(history, History):
+        return history
+    if history == "local":
+        return Local()
+    if isinstance(history, str):
+        raise UnknownName(f"{history!r} is not a history{closest(history, ['local'])} Or give a number or an object of precond.history.")
+    if isinstance(history, bool) or not isinstance(history, (int, float)):
+        raise TypeError(f"history is 'local', a number in (0, 1) or an object of precond.history, not a {type(history).__name__}.")
+    if not 0 < history < 1:
+        raise ValueError(f"history as a number is the weight of the old value, in (0, 1), not {history}; else 'local' or Sum().")
+    return Ema(history)

@@ -1,0 +1,121 @@
+"""The rule for every other module: vector-Jacobian products of that one module, example by example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from precond.errors import ObservationError
+from precond.layers.base import Rule
+from precond.observe import LayerColumns, Tensors, own_pass, tensors_in
+
+
+def example_dim(module: nn.Module, name: str, tensor: Tensor, batch: int) -> int | None:
+    """The dimension of an argument that enumerates examples; None: the same for all of them."""
+    if isinstance(module, nn.RNNBase) and name == "1":  # the initial state is (layers, batch, hidden), whatever batch_first
+        return 1
+    if isinstance(module, nn.MultiheadAttention) and name in ("attn_mask", "5"):
+        return None
+    dim = 0
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first and name != "key_padding_mask":
+        dim = 1
+    return dim if tensor.dim() > dim and tensor.shape[dim] == batch else None
+
+
+def output_dims(module: nn.Module, grads: Sequence[Tensor | None], batch: int) -> list[int]:
+    """The dimension of each output's (K, ...) columns that enumerates examples."""
+    dims = []
+    for position, grad in enumerate(grads):
+        dim = 0
+        if isinstance(module, nn.RNNBase):
+            dim = 1 if position > 0 or not module.batch_first else 0
+        elif isinstance(module, nn.MultiheadAttention):
+            dim = 1 if position == 0 and not module.batch_first else 0
+        if grad is not None and (grad.dim() <= dim + 1 or grad.shape[dim + 1] != batch):
+            raise ObservationError(
+                f"an output of {type(module).__name__} has shape {tuple(grad.shape[1:])} for a batch of {batch} examples, so its gradient cannot "
+                "be split by example: leave the layer out with an override of None, or give it a rule of its own."
+            )
+        dims.append(dim + 1)
+    return dims
+
+
+class Generic(Rule):
+    """Runs the module again for one example at a time, under vmap where its operations allow it, else in a loop."""
+
+    def refuse(self, module: nn.Module) -> str | None:
+        for name, inner in module.named_modules():
+            rate = getattr(inner, "p", 0.0) if isinstance(inner, nn.modules.dropout._DropoutNd) else getattr(inner, "dropout", 0.0)
+            if module.training and isinstance(rate, float) and rate > 0:
+                return f"its dropout ({name or type(inner).__name__}, rate {rate}) would draw other masks when the module is run again by example"
+            if inner.training and isinstance(inner, nn.modules.batchnorm._BatchNorm):
+                return f"its {type(inner).__name__} {name!r} in training mode mixes the examples that are to be run one by one"
+        return None
+
+    def gradients(self, seen: LayerColumns, names: Sequence[str], examples: slice) -> Tensors:
+        module, batch = seen.module, seen.batch
+        reason = self.refuse(module)
+        if reason is not None:
+            raise ObservationError(f"layer {seen.name!r} ({type(module).__name__}) has no gradient by example: {reason}.")
+        named = {str(i): a for i, a in enumerate(seen.args)} | dict(seen.kwargs)
+        dims = {n: example_dim(module, n, a, batch) for n, a in named.items() if isinstance(a, Tensor)}
+        nested = [t for n, a in named.items() if n not in dims for t in tensors_in(a)]
+        mapped = {n: named[n].movedim(d, 0)[examples] for n, d in dims.items() if d is not None}
+        used = [i for i, g in enumerate(seen.grads) if g is not None]
+        if not mapped or (nested and not isinstance(module, nn.RNNBase)):
+            raise ObservationError(
+                f"layer {seen.name!r} ({type(module).__name__}) takes no tensor with {batch} examples in front (or takes them inside a nest), so "
+                "its gradient cannot be split by example: leave it out with an override of None, or give it a rule of its own."
+            )
+        out_dims = output_dims(module, seen.grads, batch)
+        columns = [seen.grads[i].movedim(out_dims[i], 1)[:, examples] for i in used]  # type: ignore[union-attr]
+        pull = _pullback(seen, names, dims, named, used)
+        with own_pass(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            return _over_examples(pull, mapped, columns)
+
+
+Pull = Callable[[Tensors, list[Tensor]], Tensors]
+
+
+def _pullback(seen: LayerColumns, names: Sequence[str], dims: dict[str, int | None], named: dict[str, Any], used: list[int]) -> Pull:
+    """(one example's inputs, one column of its output gradients) -> gradients of the parameters."""
+    module = seen.module
+    params = dict(module.named_parameters(remove_duplicate=False))
+    held = {n: p.detach() for n, p in params.items() if n not in names}
+    free = {n: params[n].detach() for n in names}
+    out_dims = [d - 1 for d in output_dims(module, seen.grads, seen.batch)]
+
+    def pull(example: Tensors, column: list[Tensor]) -> Tensors:
+        full = {n: example[n].unsqueeze(d) if n in example and d is not None else named[n] for n, d in dims.items()}
+        values = {**named, **full}
+        args = tuple(values[str(i)] for i in range(len(seen.args)))
+        kwargs = {n: values[n] for n in seen.kwargs}
+
+        def run(free: Tensors) -> tuple[Tensor, ...]:
+            outputs = list(tensors_in(torch.func.functional_call(module, {**held, **free}, args, kwargs)))
+            return tuple(outputs[i] for i in used)
+
+        _, back = torch.func.vjp(run, free)
+        cotangents = tuple(c.unsqueeze(out_dims[i]) for i, c in zip(used, column, strict=True))
+        (gradients,) = back(cotangents)
+        return dict(gradients)
+
+    return pull
+
+
+def _over_examples(pull: Pull, mapped: Tensors, columns: list[Tensor]) -> Tensors:
+    """vmap over columns and examples; a module that cannot be vmapped is looped over."""
+    count, examples = columns[0].shape[:2]
+    try:
+        by_column = torch.func.vmap(lambda e, c: pull(e, c), in_dims=(None, 0))
+        out: Tensors = torch.func.vmap(by_column, in_dims=(0, 1), out_dims=1)(mapped, columns)
+        return out
+    except (RuntimeError, ValueError) as error:
+        if "out of memory" in str(error):
+            raise
+    looped = [[pull({n: m[i] for n, m in mapped.items()}, [c[k, i] for c in columns]) for i in range(examples)] for k in range(count)]
+    return {n: torch.stack([torch.stack([one[n] for one in row]) for row in looped]) for n in looped[0][0]}

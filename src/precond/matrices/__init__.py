@@ -1,0 +1,17 @@
+"""The matrix axis: what C is. One file a member; its name is its registry key."""
+
+from precond.matrices.base import REGISTRY, Matrix
+from precond.matrices.batched_empirical_fisher import BatchedEmpiricalFisher
+from precond.matrices.empirical_fisher import EmpiricalFisher
+from precond.matrices.fisher import Fisher
+from precond.matrices.fisher_mc import FisherMC
+from precond.matrices.ggn import GGN
+from precond.matrices.hessian import Hessian
+
+names = REGISTRY.names
+get = REGISTRY.get
+register = REGISTRY.register
+
+__all__ = [
+    "GGN", "REGISTRY", "BatchedEmpiricalFisher", "EmpiricalFisher", "Fisher", "FisherMC", "Hessian", "Matrix", "get", "names", "register",
+]  # fmt: skip

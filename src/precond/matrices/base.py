@@ -1,0 +1,60 @@
+"""A matrix: what C is, by what is sent backwards from the model's output."""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.observe import Context, Kind
+from precond.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix(ABC):
+    """One curvature matrix.
+
+    supplies: the kinds of observation it can give. definite: positive semi-definite by construction.
+    true_gradient: its columns are those of the user's own backward pass. needs: shown by `precond list matrices`.
+    """
+
+    name: ClassVar[str]
+    supplies: ClassVar[tuple[Kind, ...]]
+    definite: ClassVar[bool] = True
+    needs: ClassVar[str]
+
+    @property
+    def true_gradient(self) -> bool:
+        return False
+
+    @property
+    def second_order(self) -> bool:
+        """Its products differentiate the gradient of the loss again instead of passing through output space."""
+        return False
+
+    @property
+    def needs_criterion(self) -> bool:
+        """Fed by more than the gradient of the step."""
+        return self.supplies != ("gradient",)
+
+    def cotangents(self, context: Context) -> Tensor:
+        """(K, *output.shape), per term and unscaled: C = scale * sum_ik (J_i^T s_ik)(J_i^T s_ik)^T."""
+        raise NotImplementedError(f"{self.name} has no columns.")
+
+    def output_product(self, context: Context, frozen: Tensor | None, vector: Tensor) -> Tensor:
+        """S S^T v in output space, from cotangents frozen for the whole solve; examples are independent."""
+        assert frozen is not None
+        wide = frozen.to(vector.dtype)
+        shape = (wide.shape[0], context.batch, -1)
+        inner = (wide.reshape(shape) * vector.reshape(1, context.batch, -1)).sum(-1)
+        return torch.einsum("kn,kno->no", inner, wide.reshape(shape)).reshape(vector.shape)
+
+    def frozen(self, context: Context) -> Tensor | None:
+        """What must not change within a solve: drawn labels, or the columns themselves."""
+        return self.cotangents(context)
+
+
+REGISTRY: Registry[Matrix] = Registry("matrices", Matrix)  # type: ignore[type-abstract]

@@ -1,0 +1,115 @@
+"""The contract of a history: how statistics of one step are merged with those before."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.errors import InvalidCombination
+from precond.statistics import Kind, Stat, Statistics
+
+WEIGHT = ".weight"
+COUNT = ".count"
+"""Suffixes of the entries that a history keeps beside an entry."""
+
+
+class History(ABC):
+    """Merges statistics over steps.
+
+    Beside each averaged entry lies its weight, so that entries may start at different times and one that was never updated is well
+    defined: it reads as zeros. All state is tensors, and nothing waits for the device.
+
+    A new history writes `_merge` and `_read`, of one entry.
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"mean", "local"})
+
+    def supports(self, kind: Kind) -> bool:
+        """Whether it can merge entries of a kind."""
+        return kind in self.kinds
+
+    def merge(self, old: Statistics | None, new: Statistics, spec: Mapping[str, Stat], valid: Tensor | None = None) -> Statistics:
+        """The statistics after one more observation; entries not in `new` stay as they are.
+
+        Args:
+            old: the result of the last merge, None at first.
+            new: one observation, some or all of the entries of `spec`.
+            valid: a 0-dim bool tensor; where it is False the observation is as if it had never been. Local entries are replaced all
+                the same: a stale one must not survive its step.
+
+        Raises:
+            InvalidCombination: an entry is of a kind that this history cannot merge.
+            ValueError: an entry is not declared, or has changed its shape.
+        """
+        result = dict(old or {})
+        for name, x in new.items():
+            stat = _stat(name, spec)
+            if not self.supports(stat.kind):
+                raise InvalidCombination(
+                    f"{type(self).__name__} history cannot merge {name!r}: rows do not average; use history='local' or Window(m)."
+                )
+            if stat.kind == "local":
+                result[name] = x
+            else:
+                flag = torch.ones((), dtype=torch.bool, device=x.device) if valid is None else valid.to(x.device)
+                # what an invalid observation holds may be NaN, which survives a multiplication by zero but not this
+                self._merge(result, name, torch.where(flag, x, torch.zeros_like(x)), stat, flag)
+        return result
+
+    def read(self, statistics: Statistics, spec: Mapping[str, Stat]) -> Statistics:
+        """The averages, without what the history keeps beside them."""
+        kept = {name: x for name, x in statistics.items() if name in spec}
+        return {name: x if spec[name].kind == "local" else self._read(statistics, name, spec[name]) for name, x in kept.items()}
+
+    @abstractmethod
+    def _merge(self, result: Statistics, name: str, x: Tensor, stat: Stat, valid: Tensor) -> None:
+        """Put one entry, and what lies beside it, into `result`; `x` is zero where it is not valid."""
+
+    @abstractmethod
+    def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
+        """The average of one entry."""
+
+
+class Accumulator(History):
+    """A history that keeps a running value and its weight: (1 - new) old + new x, or old + x."""
+
+    @abstractmethod
+    def _rates(self, result: Statistics, name: str, x: Tensor, valid: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """The factors of the old value and of the new one."""
+
+    def _start(self, x: Tensor, stat: Stat) -> Tensor:
+        return torch.zeros_like(x)
+
+    def _merge(self, result: Statistics, name: str, x: Tensor, stat: Stat, valid: Tensor) -> None:
+        if name not in result:
+            result[name] = self._start(x, stat)
+            result[name + WEIGHT] = torch.zeros((), dtype=torch.float64, device=x.device)
+        value, weight = result[name], result[name + WEIGHT]
+        check_shape(name, value, x)
+        keep, take = self._rates(result, name, x, valid)
+        result[name] = torch.where(valid, (keep * value + take * x).to(value.dtype), value)
+        result[name + WEIGHT] = torch.where(valid, keep * weight + take, weight)
+
+    def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
+        return divide(statistics[name], statistics[name + WEIGHT])
+
+
+def _stat(name: str, spec: Mapping[str, Stat]) -> Stat:
+    if name not in spec:
+        raise ValueError(f"the entry {name!r} is not declared; declared are {', '.join(sorted(spec))}.")
+    return spec[name]
+
+
+def check_shape(name: str, old: Tensor, new: Tensor) -> None:
+    """Refuse an observation of another shape, which would broadcast."""
+    if old.shape != new.shape:
+        raise ValueError(f"the entry {name!r} changed its shape from {tuple(old.shape)} to {tuple(new.shape)}: start a new history.")
+
+
+def divide(value: Tensor, weight: Tensor) -> Tensor:
+    """The ratio, and zeros where there is no weight yet."""
+    return value / torch.where(weight > 0, weight, 1.0).to(value.dtype)

@@ -1,0 +1,49 @@
+"""One batch under an observer, differentiated without a backward pass into `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precond.errors import ObservationError
+from precond.likelihoods import Likelihood
+from precond.observe.observation import Tensors
+from precond.observe.observer import Observer
+
+
+def differentiate_batch(
+    observer: Observer, criterion: nn.Module, likelihood: Likelihood, inputs: Any, targets: Tensor, params: Mapping[str, nn.Parameter]
+) -> tuple[Tensor, Tensors]:
+    """Add the batch to the observer's parts; returns its weight among batches and the gradient of its loss in `params`.
+
+    The weight is the number of terms of a mean, and 1 for a sum.
+    """
+    if isinstance(inputs, Mapping):
+        output = observer.model(**inputs)
+    elif isinstance(inputs, tuple):
+        output = observer.model(*inputs)
+    else:
+        output = observer.model(inputs)
+    if not isinstance(output, Tensor):
+        raise ObservationError(f"the model returns a {type(output).__name__}, and the criterion takes a tensor: wrap it to return the tensor.")
+    loss = criterion.forward(output, targets)
+    part = observer.record(output, targets, likelihood, criterion)
+    if part is None:
+        raise ObservationError("the model's output depends on no trainable parameter, so it has no curvature.")
+    scale = likelihood.scale(output.detach(), targets)
+    part.weight = 1.0 / scale if likelihood.reduction == "mean" else torch.ones_like(scale)
+    part.scale = scale
+    gradient: Tensors = {}
+    if params:
+        found = torch.autograd.grad(loss, list(params.values()), retain_graph=True, allow_unused=True)
+        gradient = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found, strict=True)}
+    for number, demand in enumerate(observer.demands):
+        if demand.kind == "columns":
+            part.columns[number] = observer.nested(part, number)
+    part.forward.calls.clear()  # the graph of a batch lives no longer than its turn
+    part.nodes, part.output = {}, output.detach()
+    observer.parts.append(part)
+    return part.weight, gradient

@@ -1,0 +1,317 @@
+"""The observer: the only object that hangs hooks on a user's model, criterion and loss.
+
+It turns events into records, and records into the observations that matrices are made of:
+
+    model forward, pre-hook     open a record; put hooks on the layers (only where something is due)
+    layer forward hook          input and gradient edges of every call
+    model forward hook          close the record; take the layer hooks away again
+    criterion forward hook      output, target, and the forward pass they came from
+    hook on the loss            the weight of the call; nested passes for columns, while the graph is whole
+    tensor hooks on outputs     the true columns, during the user's own backward pass
+    end of the backward pass    forget what accumulated no parameter gradient
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from precond.errors import ObservationError
+from precond.likelihoods import Likelihood
+from precond.observe.bridge import find_bridge
+from precond.observe.guard import busy
+from precond.observe.hooks import Handles, Hook
+from precond.observe.matching import find_forward, refuse_reentrant_checkpoint
+from precond.observe.observation import Kind, LayerColumns
+from precond.observe.passes import nested_columns
+from precond.observe.randomness import keyed_generator
+from precond.observe.records import Call, Clock, CriterionCall, Forward
+from precond.observe.replay import save_rng
+from precond.observe.selfcheck import SelfCheck
+from precond.observe.trees import detached, tensors_in, versions
+
+_keys = itertools.count()
+_LIVE_FORWARDS = 16  # graphs of never-differentiated forward passes with several outputs that may be alive at once
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a matrix may look at to choose the cotangents it sends back from one criterion call."""
+
+    likelihood: Likelihood
+    output: Tensor
+    target: Tensor
+    batch: int
+    generator: torch.Generator
+
+
+class Source(Protocol):
+    """What the observer asks of a matrix."""
+
+    true_gradient: bool
+
+    def cotangents(self, context: Context) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Demand:
+    """One matrix, the kind of observation resolved for it, and the layers whose blocks need it."""
+
+    matrix: Source
+    kind: Kind
+    layers: frozenset[str]
+
+    @property
+    def backward(self) -> bool:
+        """Fed by the user's own backward pass."""
+        return self.kind == "columns" and self.matrix.true_gradient
+
+    @property
+    def nested(self) -> bool:
+        """Fed by a nested pass in the loss hook."""
+        return self.kind == "columns" and not self.matrix.true_gradient
+
+
+class Observer:
+    """Watches one model. `due()` says whether the present step observes; `step()` is its number."""
+
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], demands: Sequence[Demand], *, due: Callable[[], bool],
+        step: Callable[[], int], seed: int, rank: int = 0, rows: Mapping[str, str] | None = None, selfcheck: SelfCheck | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.layers, self.demands = model, dict(layers), list(demands)
+        self.due, self.step, self.seed, self.rank = due, step, seed, rank
+        self.rows, self.selfcheck = dict(rows or {}), selfcheck
+        self.parts: list[CriterionCall] = []
+        self.clock = Clock()
+        self._key = f"precond.{next(_keys)}"
+        self._handles, self._layer_handles = Handles(), Handles()
+        self._open: Forward | None = None
+        self._multi_output: deque[weakref.ref[Forward]] = deque()
+        self._passes = 0
+        self._index = (-1, 0)  # (step, criterion calls seen in it)
+        self._marks: list[tuple[bool, int]] = []
+        self._versions_after: list[int] = []
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def watch_model(self) -> None:
+        """Hang the two hooks on the model; those on the layers come and go with observed forward passes."""
+        self._handles.add(
+            self.model.register_forward_pre_hook(Hook(self._begin_forward), with_kwargs=True),
+            self.model.register_forward_hook(Hook(self._end_forward), with_kwargs=True, always_call=True),
+        )
+
+    def watch_criterion(self, criterion: nn.Module, likelihood: Likelihood) -> None:
+        self._handles.add(criterion.register_forward_hook(Hook(self._after_criterion, likelihood), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Leave no hook behind."""
+        self._layer_handles.remove()
+        self._handles.remove()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the observations of the step."""
+        self.parts = []
+
+    def _idle(self) -> bool:
+        return busy() or not torch.is_grad_enabled() or not self.due()
+
+    # -- the forward pass ----------------------------------------------------------------------------------------
+
+    def _begin_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if busy():
+            return
+        self.clock.backward = None  # a backward pass that raised never told us that it ended
+        self._layer_handles.remove()
+        self._open = None
+        if self._idle():
+            return
+        tensor = next(tensors_in((args, kwargs)), None)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._open = Forward(
+            args, kwargs, batch=1 if tensor is None or tensor.dim() == 0 else tensor.shape[0], versions=versions((args, kwargs)),
+            rng=save_rng(device), autocast=(device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)),
+        )  # fmt: skip
+        true_columns = self._wants_true_columns()
+        for name, module in self.layers.items():
+            hook = Hook(self._after_layer, name, true_columns)
+            self._layer_handles.add(module.register_forward_hook(hook, with_kwargs=True))
+
+    def _wants_true_columns(self) -> bool:
+        return any(d.backward for d in self.demands) or (self.selfcheck is not None and self.selfcheck.pending)
+
+    def _after_layer(
+        self, name: str, true_columns: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        forward = self._open
+        if forward is None or busy():
+            return
+        if not torch.is_grad_enabled():
+            forward.without_grad = True
+            return
+        edges: list[GradientEdge | int | None] = []
+        slots: list[list[tuple[int, Tensor]]] = []
+        for tensor in tensors_in(output):
+            slot: list[tuple[int, Tensor]] = []
+            slots.append(slot)
+            edges.append(get_gradient_edge(tensor) if tensor.requires_grad else None)
+            if true_columns and tensor.requires_grad:
+                tensor.register_hook(_keep_gradient(slot, self.clock))
+        rows = next((layout for pattern, layout in self.rows.items() if fnmatchcase(name, pattern)), None)
+        numbers = [e.output_nr if isinstance(e, GradientEdge) else 0 for e in edges]
+        inputs = (detached(args), detached(kwargs))
+        forward.calls.append(Call(name, module, *inputs, module.training, rows, edges, numbers, slots, versions(inputs)))
+
+    def _end_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        if busy():
+            return
+        self._layer_handles.remove()
+        forward, self._open = self._open, None
+        if forward is None:
+            return
+        nodes = [tensor.grad_fn for tensor in tensors_in(output)]
+        if any(d.kind == "product" for d in self.demands):
+            forward.outputs = [tensor.detach() for tensor in tensors_in(output)]
+        for number, node in enumerate(nodes):
+            if node is None:
+                continue
+            # The node keeps the record and the record, upstream of it, not the node: dropping the output frees both.
+            node.metadata.setdefault(self._key, (forward, number))
+            for call in forward.calls:
+                call.edges = [number if isinstance(e, GradientEdge) and e.node is node else e for e in call.edges]
+        if len({id(node) for node in nodes if node is not None}) > 1:
+            self._bound(forward)
+
+    def _bound(self, forward: Forward) -> None:
+        """Records of forward passes with several outputs can be part of a cycle: only so many may stay undifferentiated."""
+        self._multi_output.append(weakref.ref(forward))
+        while len(self._multi_output) > _LIVE_FORWARDS:
+            oldest = self._multi_output.popleft()()
+            if oldest is not None:
+                oldest.calls.clear()
+
+    # -- the criterion -------------------------------------------------------------------------------------------
+
+    def _after_criterion(
+        self, likelihood: Likelihood, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
+    ) -> None:
+        if self._idle() or not loss.requires_grad:
+            return
+        output = args[0] if args else kwargs["input"]
+        target = args[1] if len(args) > 1 else kwargs["target"]
+        self.observe(loss, output, target, likelihood, criterion)
+
+    def observe(self, loss: Tensor, output: Tensor, target: Tensor, likelihood: Likelihood, criterion: nn.Module | None = None) -> bool:
+        """Watch a loss computed from `output`; False where the output came from no recorded forward pass."""
+        part = self.record(output, target, likelihood, criterion)
+        if part is not None:
+            loss.register_hook(Hook(self._on_loss, part))  # never the loss itself: a hook that holds its own tensor is a leak
+        return part is not None
+
+    def record(self, output: Tensor, target: Tensor, likelihood: Likelihood, criterion: nn.Module | None) -> CriterionCall | None:
+        """The record of a criterion call on `output`, numbered within the step."""
+        found = find_forward(output, self._key)
+        if found is None:
+            return None
+        forward, nodes, number = found
+        if forward.without_grad:
+            refuse_reentrant_checkpoint(output)
+        step, count = self._index
+        count = count + 1 if step == self.step() else 0
+        self._index = (self.step(), count)
+        bridge = find_bridge(forward.outputs[number], output) if forward.outputs else None
+        return CriterionCall(forward, nodes, criterion, likelihood, output, target, number, self.step(), count, bridge=bridge)
+
+    # -- the backward pass ---------------------------------------------------------------------------------------
+
+    def _on_loss(self, part: CriterionCall, gradient: Tensor) -> None:
+        if busy() or not self.due():
+            return
+        if self.clock.backward is None:
+            self._begin_backward()
+        if part.backward == self._passes or part.step != self.step():
+            return  # the same loss twice in one pass fires once, with the sum; a loss of an earlier step is not of this one
+        part.backward = self._passes
+        # What is kept until the step is a copy: the hook's own record must stay whole for another pass over a retained graph.
+        kept = replace(part, columns={}, weight=gradient.detach().to(torch.float64).clone())
+        kept.scale = part.likelihood.scale(part.output.detach(), part.target)
+        with torch.enable_grad():
+            for number, demand in enumerate(self.demands):
+                if demand.nested:
+                    kept.columns[number] = self.nested(kept, number)
+        self.parts.append(kept)
+
+    def context(self, part: CriterionCall, number: int) -> Context:
+        """What demand `number` may look at; its generator is keyed, so a replay draws the same labels again."""
+        generator = keyed_generator(part.output.device, self.seed, part.step, part.index, self.rank, number)
+        return Context(part.likelihood, part.output.detach(), part.target, part.forward.batch, generator)
+
+    def nested(self, part: CriterionCall, number: int) -> list[LayerColumns]:
+        """The columns that demand `number` asks for, by a pass of our own from the criterion's input."""
+        demand = self.demands[number]
+        return nested_columns(part, demand.matrix.cotangents(self.context(part, number)), demand.layers)
+
+    def _params(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _begin_backward(self) -> None:
+        params = self._params()
+        if self.parts and self._abandoned(params):
+            self.parts = []
+        self._passes += 1
+        self.clock.backward = self._passes
+        self._marks = [(p.grad is None, 0 if p.grad is None else p.grad._version) for p in params]
+        if self.selfcheck is not None and self.selfcheck.pending:
+            self.selfcheck.begin(self.model)
+        # The engine calls back when the whole pass is over, whichever hooks and nested passes there were.
+        torch.autograd.Variable._execution_engine.queue_callback(Hook(self._end_backward))
+
+    def _abandoned(self, params: list[nn.Parameter]) -> bool:
+        """True when the gradients that the kept parts belong to were thrown away: `zero_grad` since, without a step."""
+        grads = [p.grad for p in params]
+        if all(g is None for g in grads):
+            return True
+        written = [g is None or g._version != version for g, version in zip(grads, self._versions_after, strict=False)]
+        return all(written) and not any(bool(g.any()) for g in grads if g is not None)
+
+    def _end_backward(self) -> None:
+        this, self.clock.backward = self.clock.backward, None
+        if this is None:
+            return
+        params = self._params()
+        now = [(p.grad is None, 0 if p.grad is None else p.grad._version) for p in params]
+        accumulated = now != self._marks or len(now) != len(self._marks)
+        self._versions_after = [version for _, version in now]
+        parts = [p for p in self.parts if p.backward == this]
+        if self.selfcheck is not None and self.selfcheck.pending:
+            self.selfcheck.end(parts, this, accumulated, frozenset(self.layers))
+        if not accumulated:  # a gradient of something else (`autograd.grad(loss, x)`): no p.grad came of it
+            for part in parts:
+                for call in part.forward.calls:
+                    for slot in call.slots:
+                        slot[:] = [entry for entry in slot if entry[0] != this]
+            self.parts = [p for p in self.parts if p.backward != this]
+            return
+        for part in parts:  # what is kept until the step holds no graph
+            part.output = part.output.detach()
+
+
+def _keep_gradient(slot: list[tuple[int, Tensor]], clock: Clock) -> Callable[[Tensor], None]:
+    """A tensor hook that keeps the true gradient; it holds the slot and the clock, never an observer or a graph."""
+
+    def keep(gradient: Tensor) -> None:
+        if clock.backward is not None and not busy():
+            slot.append((clock.backward, gradient.detach()))
+
+    return keep

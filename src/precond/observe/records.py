@@ -1,0 +1,96 @@
+"""What is remembered of a forward pass until its backward pass and its step are over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from precond.errors import ObservationError
+from precond.likelihoods import Likelihood
+from precond.observe.bridge import Bridge
+from precond.observe.observation import LayerColumns
+from precond.observe.trees import versions
+
+
+@dataclass
+class Clock:
+    """Which backward pass is running (None between passes). Shared with tensor hooks, which must not hold an observer."""
+
+    backward: int | None = None
+
+
+@dataclass
+class Call:
+    """One call of one layer, with the gradient edges of its outputs.
+
+    Edges, not tensors: after an in-place activation a gradient with respect to the output *tensor* is taken at the
+    wrong place, silently. An edge that ends at the model's own output is kept as that output's number, since the
+    output's node holds this record and would be kept alive by it.
+    """
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    training: bool
+    rows: str | None
+    edges: list[GradientEdge | int | None]
+    edge_numbers: list[int]
+    slots: list[list[tuple[int, Tensor]]]
+    versions: tuple[int, ...]
+
+    def resolve(self, nodes: Mapping[int, Any]) -> list[GradientEdge | None]:
+        """The edges, with those at the model's output taken from the nodes found by walking back from the criterion."""
+        return [
+            GradientEdge(nodes[edge], number) if isinstance(edge, int) and edge in nodes else None if isinstance(edge, int) else edge
+            for edge, number in zip(self.edges, self.edge_numbers, strict=True)
+        ]
+
+    def columns(self, grads: list[Tensor | None], batch: int) -> LayerColumns:
+        """This call with K columns at its outputs."""
+        if versions((self.args, dict(self.kwargs))) != self.versions:
+            raise ObservationError(
+                f"the input of layer {self.name!r} was changed in place after the layer read it, so its curvature would be wrong: "
+                f"clone it first, or leave the layer out with overrides={{{self.name!r}: None}}."
+            )
+        return LayerColumns(self.name, self.module, self.args, self.kwargs, tuple(grads), self.training, batch, self.rows)
+
+
+@dataclass
+class Forward:
+    """One forward pass of the model: its arguments as they were, and the calls of its layers."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    batch: int
+    versions: tuple[int, ...]
+    rng: dict[str, Tensor]
+    autocast: tuple[str, bool, torch.dtype]
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)  # detached; only where products will run the pass again
+    without_grad: bool = False  # a layer ran with gradients off: perhaps inside a reentrant checkpoint
+
+
+@dataclass
+class CriterionCall:
+    """One call of a criterion on an output of a recorded forward pass."""
+
+    forward: Forward
+    nodes: dict[int, Any]
+    criterion: nn.Module | None
+    likelihood: Likelihood
+    output: Tensor
+    target: Tensor
+    model_output: int
+    step: int
+    index: int
+    weight: Tensor | None = None
+    backward: int = -1
+    columns: dict[int, list[LayerColumns]] = field(default_factory=dict)
+    scale: Tensor | None = None
+    bridge: Bridge | None = None

@@ -1,0 +1,108 @@
+"""Named blocks on disjoint coordinates of one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from precond.operators.base import Operator
+
+
+class BlockDiagonal(Operator):
+    """Operators on disjoint sets of coordinates; zero on coordinates that no block has.
+
+    Args:
+        blocks: name to operator.
+        positions: name to the indices, in the whole vector, of the block's coordinates in the block's order; None: one block after another.
+        n: the size of the whole; None: as many as the blocks have.
+
+    >>> from precond.operators import Diagonal
+    >>> blocks = {"a": Diagonal(torch.ones(1)), "b": Diagonal(torch.tensor([2.0]))}
+    >>> BlockDiagonal(blocks, {"a": torch.tensor([2]), "b": torch.tensor([0])}, n=3).diagonal()
+    tensor([2., 0., 1.])
+    """
+
+    def __init__(self, blocks: Mapping[str, Operator], positions: Mapping[str, Tensor] | None = None, n: int | None = None) -> None:
+        if not blocks:
+            raise ValueError("BlockDiagonal needs at least one block.")
+        self.blocks = dict(blocks)
+        total = sum(block.n for block in self.blocks.values())
+        self._n = total if n is None else n
+        self.positions = self._consecutive() if positions is None else {name: positions[name] for name in self.blocks}
+        self.live = any(block.live for block in self.blocks.values())
+        for name, block in self.blocks.items():
+            if self.positions[name].shape != (block.n,):
+                raise ValueError(f"block {name!r} has {block.n} coordinates but positions of shape {tuple(self.positions[name].shape)}.")
+        if total > self._n:
+            raise ValueError(f"the blocks have {total} coordinates together, more than n = {self._n}.")
+
+    def _consecutive(self) -> dict[str, Tensor]:
+        positions, start = {}, 0
+        for name, block in self.blocks.items():
+            positions[name] = torch.arange(start, start + block.n, device=block.device)
+            start += block.n
+        return positions
+
+    @property
+    @override
+    def n(self) -> int:
+        return self._n
+
+    @property
+    def _like(self) -> Tensor:
+        return next(iter(self.blocks.values()))._like
+
+    @override
+    def fields(self) -> dict[str, Any]:
+        return {"blocks": self.blocks, "positions": self.positions, "n": self._n}
+
+    def with_blocks(self, blocks: Mapping[str, Operator]) -> BlockDiagonal:
+        """Other operators on the same coordinates."""
+        return BlockDiagonal(blocks, self.positions, self._n)
+
+    def _matmul(self, V: Tensor) -> Tensor:
+        result = V.new_zeros(V.shape)
+        for name, block in self.blocks.items():
+            result[self.positions[name]] = block._matmul(V[self.positions[name]])
+        return result
+
+    @override
+    def to_dense(self) -> Tensor:
+        result = torch.zeros(self.n, self.n, dtype=self.dtype, device=self.device)
+        for name, block in self.blocks.items():
+            where = self.positions[name]
+            result[where[:, None], where] = block.to_dense()
+        return result
+
+    @override
+    def diagonal(self) -> Tensor:
+        result = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        for name, block in self.blocks.items():
+            result[self.positions[name]] = block.diagonal()
+        return result
+
+    @override
+    def trace(self) -> Tensor:
+        return torch.stack([block.trace() for block in self.blocks.values()]).sum()
+
+    @override
+    def logdet(self) -> Tensor:
+        total = torch.stack([block.logdet() for block in self.blocks.values()]).sum()
+        covered = sum(block.n for block in self.blocks.values())
+        return total if covered == self.n else torch.full_like(total, -torch.inf)
+
+    @property
+    @override
+    def noise(self) -> int:
+        return sum(block.noise for block in self.blocks.values())
+
+    def _colour(self, Z: Tensor) -> Tensor:
+        result = Z.new_zeros(self.n, Z.shape[1])
+        parts = Z.split([block.noise for block in self.blocks.values()])
+        for (name, block), part in zip(self.blocks.items(), parts, strict=True):
+            result[self.positions[name]] = block._colour(part)
+        return result

@@ -1,0 +1,65 @@
+"""A damped inverse power, as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+from typing_extensions import override
+
+from precond.errors import UsageError
+from precond.operators.base import Operator
+from precond.operators.block_diagonal import BlockDiagonal
+
+
+class Applies(Protocol):
+    """The part of a solver that applies what it has prepared."""
+
+    def apply(self, state: dict[str, Any], vector: Tensor, operator: Operator | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """The inverse power times `vector`, and the new state."""
+        ...
+
+
+class Inverse(Operator):
+    """damped^(-power), applied by a solver.
+
+    Args:
+        solver: what applies it.
+        state: what the solver prepared; it is not changed, so that products do not depend on those before.
+        damped: the damped operator, which says what is inverted.
+        power: the inverse power.
+        operator: the operator before damping, handed to the solver where it is matrix-free.
+    """
+
+    def __init__(self, solver: Applies, state: dict[str, Any], damped: Operator, power: float, operator: Operator) -> None:
+        self.solver, self.state, self.damped, self.power, self.operator = solver, state, damped, power, operator
+        self.live = operator.live
+
+    @property
+    @override
+    def n(self) -> int:
+        return self.damped.n
+
+    @property
+    def _like(self) -> Tensor:
+        return self.damped._like
+
+    @override
+    def fields(self) -> dict[str, Any]:
+        raise UsageError("an inverse is a solver and its state: pack or cast the operator it was made from, and invert that again.")
+
+    def _matmul(self, V: Tensor) -> Tensor:
+        return self.solver.apply(dict(self.state), V, self.operator)[0]
+
+    @override
+    def logdet(self) -> Tensor:
+        return -self.power * self.damped.logdet()
+
+
+class InverseBlockDiagonal(BlockDiagonal):
+    """Inverses of the blocks of a `BlockDiagonal`, on the same coordinates; zero on coordinates that no block has."""
+
+    def __init__(self, blocks: Mapping[str, Inverse], positions: Mapping[str, Tensor], n: int) -> None:
+        super().__init__(blocks, positions, n)
+        self.damped = BlockDiagonal({name: block.damped for name, block in blocks.items()}, positions, n)

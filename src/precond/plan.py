@@ -1,0 +1,188 @@
+"""The plan: which block has which triple, and why. Made at `attach` from the model, the default triple and the overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from precond import cells
+from precond.blocks import Block, Partition
+from precond.damping import Damping, resolve
+from precond.errors import InvalidCombination, ObservationError, UsageError
+from precond.matrices import REGISTRY as MATRICES
+from precond.matrices import Matrix
+from precond.observe import Demand, Kind
+from precond.representations import REGISTRY as REPRESENTATIONS
+from precond.representations import Representation
+from precond.solvers import REGISTRY as SOLVERS
+from precond.solvers import Elementwise, Solver
+
+Overrides = Mapping[Any, Mapping[str, Any] | None]
+_OPTIONS = ("matrix", "repr", "solver", "damping")
+
+
+@dataclass(frozen=True)
+class Triple:
+    """One cell with its damping as the user gave it."""
+
+    matrix: Matrix
+    repr: Representation
+    solver: Solver
+    damping: float | Damping
+
+    def check(self) -> Kind:
+        return cells.check(self.matrix, self.repr, self.solver, self.damping)
+
+    def changed(self, options: Mapping[str, Any]) -> Triple:
+        unknown = sorted(set(options) - set(_OPTIONS))
+        if unknown:
+            raise InvalidCombination(f"an override has the options {', '.join(_OPTIONS)}, not {', '.join(unknown)}.")
+        return Triple(
+            MATRICES.create(options.get("matrix", self.matrix)), REPRESENTATIONS.create(options.get("repr", self.repr)),
+            SOLVERS.create(options.get("solver", self.solver)), options.get("damping", self.damping),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A block with its members; `note` says why it fell back where it did."""
+
+    block: Block
+    matrix: Matrix
+    repr: Representation
+    solver: Solver
+    damping: Damping
+    kind: Kind
+    demand: int
+    note: str | None = None
+
+    @property
+    def triple(self) -> str:
+        return f"{self.matrix.name} x {self.repr.name} x {self.solver.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All blocks, the demands they put on the observer, and the parameters that are left as they are, with the reason."""
+
+    partition: Partition
+    blocks: tuple[BlockPlan, ...]
+    demands: tuple[Demand, ...]
+    left: Mapping[str, str]
+    signature: tuple[tuple[str, int], ...]
+
+    def observed_layers(self) -> dict[str, nn.Module]:
+        names = frozenset().union(*(d.layers for d in self.demands if d.kind == "columns"))
+        return {n: layer.module for n, layer in self.partition.layers.items() if n in names}
+
+
+@dataclass
+class _Draft:
+    """Demands are shared: blocks with the same matrix and kind are fed by one pass."""
+
+    matrices: list[tuple[Matrix, Kind]] = field(default_factory=list)
+    layers: list[set[str]] = field(default_factory=list)
+
+    def demand(self, matrix: Matrix, kind: Kind, layers: Sequence[str]) -> int:
+        if (matrix, kind) not in self.matrices:
+            self.matrices.append((matrix, kind))
+            self.layers.append(set())
+        number = self.matrices.index((matrix, kind))
+        self.layers[number].update(layers)
+        return number
+
+
+def make_plan(partition: Partition, default: Triple, overrides: Overrides | None, strict: bool) -> Plan:
+    """Resolve every trainable parameter to a block or to the reason it has none."""
+    if not partition.parameters:
+        raise UsageError("the model has no trainable parameters (requires_grad is False on all of them): there is nothing to precondition.")
+    chosen = _choose(partition, default, overrides or {})
+    left = {p.name: "left by an override" for owner, triple in chosen.items() if triple is None for p in partition.owned(owner)}
+    groups: dict[int, tuple[Triple, list[str]]] = {}
+    for owner, triple in chosen.items():
+        if triple is not None and partition.owned(owner):
+            groups.setdefault(id(triple), (triple, []))[1].append(owner)
+    draft, blocks = _Draft(), []
+    for triple, owners in groups.values():
+        blocks += _plan_group(partition, triple, owners, strict, draft)
+    demands = tuple(Demand(m, k, frozenset(layers)) for (m, k), layers in zip(draft.matrices, draft.layers, strict=True))
+    _refuse_layers(partition, demands)
+    return Plan(partition, tuple(blocks), demands, left, partition.signature())
+
+
+def _choose(partition: Partition, default: Triple, overrides: Overrides) -> dict[str, Triple | None]:
+    """The triple of every layer: the last override that matches it, else the default."""
+    triples = {key: None if options is None else default.changed(options) for key, options in overrides.items()}
+    for triple in triples.values():
+        if triple is not None:
+            triple.check()
+    chosen: dict[str, Triple | None] = dict.fromkeys(partition.layers, default)
+    for key, triple in triples.items():
+        matched = [name for name, layer in partition.layers.items() if _matches(key, name, layer.module)]
+        if not matched:
+            raise UsageError(
+                f"the override {key!r} matches no layer with trainable parameters. The layers are: {', '.join(repr(n) for n in partition.layers)}."
+            )
+        chosen.update(dict.fromkeys(matched, triple))
+    return chosen
+
+
+def _matches(key: Any, name: str, module: nn.Module) -> bool:
+    if isinstance(key, str):
+        return fnmatchcase(name, key)
+    if isinstance(key, type):
+        return isinstance(module, key)
+    if isinstance(key, nn.Module):
+        return any(module is inner for inner in key.modules())
+    raise UsageError(f"an override is keyed by a module-name glob, a module class or a module, not by {key!r}.")
+
+
+def _plan_group(partition: Partition, triple: Triple, owners: Sequence[str], strict: bool, draft: _Draft) -> list[BlockPlan]:
+    kind = triple.check()
+    if triple.repr.scope == "model":
+        return [_block_plan(block, triple, kind, draft) for block in partition.blocks(owners, "model")]
+    made = []
+    for owner in owners:
+        blocks = partition.blocks([owner], triple.repr.scope)
+        reason = next((why for block in blocks if (why := triple.repr.hosts(block)) is not None), None)
+        if reason is None:
+            made += [_block_plan(block, triple, kind, draft) for block in blocks]
+            continue
+        if strict:
+            raise InvalidCombination(
+                f"representation {triple.repr.name!r} cannot host layer {owner!r} ({type(partition.layers[owner].module).__name__}): {reason}. "
+                f"Give it another one, overrides={{{owner!r}: dict(repr=...)}}, or strict=False for the fallback {triple.repr.fallback(blocks[0])!r}."
+            )
+        made += _fall_back(partition, triple, owner, blocks[0], reason, draft)
+    return made
+
+
+def _fall_back(partition: Partition, triple: Triple, owner: str, block: Block, reason: str, draft: _Draft) -> list[BlockPlan]:
+    representation = REPRESENTATIONS.create(triple.repr.fallback(block))
+    solver = triple.solver if triple.solver.takes(representation.structure) else Elementwise(power=triple.solver.power)
+    damping = triple.damping
+    if isinstance(damping, Damping) and cells.why_not_damping(representation, solver, damping) is not None:
+        damping = float(damping.value)  # the same amount, in the form natural to the fallback
+    instead = Triple(triple.matrix, representation, solver, damping)
+    note = f"{triple.repr.name}: {reason}"
+    return [_block_plan(b, instead, instead.check(), draft, note) for b in partition.blocks([owner], representation.scope)]
+
+
+def _block_plan(block: Block, triple: Triple, kind: Kind, draft: _Draft, note: str | None = None) -> BlockPlan:
+    damping = resolve(triple.damping, triple.solver.natural_damping(triple.repr.structure))
+    number = draft.demand(triple.matrix, kind, list(block.layers))
+    return BlockPlan(block, triple.matrix, triple.repr, triple.solver, damping, kind, number, note)
+
+
+def _refuse_layers(partition: Partition, demands: Sequence[Demand]) -> None:
+    """What a layer rule knows to be silently wrong, before the first step. The generic rule decides when it runs."""
+    for demand in demands:
+        for name in demand.layers if demand.kind == "columns" else ():
+            layer = partition.layers[name]
+            reason = layer.rule.refuse(layer.module) if layer.rule.modules else None
+            if reason is not None:
+                raise ObservationError(f"layer {name!r} ({type(layer.module).__name__}) is refused: {reason}; or leave it out, overrides={{{name!r}: None}}.")

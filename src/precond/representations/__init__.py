@@ -1,0 +1,18 @@
+"""The representation axis: how C is held. One file a member; its name is its registry key."""
+
+from precond.representations.base import REGISTRY, Representation
+from precond.representations.diagonal import Diagonal
+from precond.representations.full import Full
+from precond.representations.kron_dim import KronDim
+from precond.representations.kron_io import KronIO
+from precond.representations.layer import Layer
+from precond.representations.matrix_free import MatrixFree
+from precond.representations.unit import Unit
+
+names = REGISTRY.names
+get = REGISTRY.get
+register = REGISTRY.register
+
+__all__ = [
+    "REGISTRY", "Diagonal", "Full", "KronDim", "KronIO", "Layer", "MatrixFree", "Representation", "Unit", "get", "names", "register",
+]  # fmt: skip

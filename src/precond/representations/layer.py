@@ -1,0 +1,40 @@
+"""Block-diagonal by layer, each block dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from precond.blocks import Block
+from precond.observe import Observation
+from precond.operators import Dense, Operator
+from precond.representations.base import REGISTRY, Representation, Statistics, dense_matrix
+from precond.statistics import Stat
+
+
+@REGISTRY.register("layer")
+@dataclass(frozen=True, kw_only=True)
+class Layer(Representation):
+    """Dense (P_l, P_l) for each layer, in parameter order (weight, then bias); no curvature between layers.
+
+    Memory sum P_l^2. Exactly the diagonal blocks of `full`.
+
+    >>> Layer().scope
+    'layer'
+    """
+
+    scope = "layer"
+    requests = ("columns", "gradient", "product")
+    structure = Dense
+
+    def statistics(self, block: Block) -> Mapping[str, Stat]:
+        return {"matrix": Stat("mean", form="matrix")}
+
+    def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
+        return {"matrix": dense_matrix(observation, block)}
+
+    def operator(self, statistics: Statistics, block: Block) -> Operator:
+        return Dense(statistics["matrix"])
+
+    def bytes_held(self, block: Block, itemsize: int) -> int:
+        return block.n**2 * itemsize

@@ -1,0 +1,71 @@
+"""Block-diagonal by output unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from precond.blocks import Block
+from precond.observe import Columns, Gradient, Observation
+from precond.operators import Dense, Operator
+from precond.representations.base import REGISTRY, Representation, Statistics, mean_gradient, product_columns, weighted_gradients, zeros
+from precond.representations.unshared import unshared_rows
+from precond.statistics import Stat
+
+
+@REGISTRY.register("unit")
+@dataclass(frozen=True, kw_only=True)
+class Unit(Representation):
+    """One dense block an output unit: row o of [W, b] of a layer with such rows, (gamma_j, beta_j) of a normalisation.
+
+    An Embedding's units are its vocabulary rows. Of any other module each parameter tensor has its rows as units, and
+    a vector its entries. Exactly sub-blocks of `layer`. Memory out * in'^2; without shared positions the blocks are
+    (scale) sum_ik g_iko^2 a_i a_i^T and no gradient by example is formed. Sources: Kurita 1994; Le Roux et al. 2007;
+    Ollivier 2015.
+
+    >>> Unit().scope
+    'matrix'
+    """
+
+    scope = "matrix"
+    requests = ("columns", "gradient", "product")
+    structure = Dense
+
+    def statistics(self, block: Block) -> Mapping[str, Stat]:
+        return {"blocks": Stat("mean", form="matrix")}
+
+    def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
+        rows, width = block.shape
+        if isinstance(observation, Gradient):
+            gradient = mean_gradient(observation, block).view(rows, width)
+            return {"blocks": gradient.unsqueeze(2) * gradient.unsqueeze(1)}
+        if isinstance(observation, Columns):
+            return {"blocks": _from_columns(observation, block)}
+        blocks = zeros(block, rows, width, width)
+        for indices, products in product_columns(observation, block):
+            unit, place = indices // width, indices % width
+            blocks[unit, place] = products.view(len(indices), rows, width)[torch.arange(len(indices)), unit]
+        return {"blocks": blocks}
+
+    def operator(self, statistics: Statistics, block: Block) -> Operator:
+        return Dense(statistics["blocks"])
+
+    def bytes_held(self, block: Block, itemsize: int) -> int:
+        rows, width = block.shape
+        return rows * width**2 * itemsize
+
+
+def _from_columns(observation: Columns, block: Block) -> Tensor:
+    rows, width = block.shape
+    unshared = unshared_rows(observation, block)
+    if unshared is not None:
+        squares, inputs = torch.cat([g.square() for g, _ in unshared]), torch.cat([a for _, a in unshared])
+        return torch.stack([(inputs * square.unsqueeze(1)).T @ inputs for square in squares.unbind(1)])
+    total = zeros(block, rows, width, width)
+    for gradients in weighted_gradients(observation, block):
+        units = gradients.view(-1, rows, width)
+        total = total + torch.einsum("bri,brj->rij", units, units)
+    return total

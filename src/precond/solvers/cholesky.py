@@ -1,0 +1,42 @@
+"""Cholesky factorisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.solvers.base import REGISTRY, State
+from precond.solvers.factors import FactorSolver
+
+
+@REGISTRY.register("cholesky")
+@dataclass(frozen=True, kw_only=True)
+class Cholesky(FactorSolver):
+    """C^-1 through C = L L^T, for positive definite dense operators, and for Kronecker ones factor by factor.
+
+    Refresh n^3 / 3 a matrix, apply 2 n^2 (two triangular solves, or one product a factor). A stack is factorised at once.
+
+    Raises:
+        SolverFailure: a pivot is not positive, or is within rounding of zero against its diagonal entry.
+
+    >>> from precond.damping import Tikhonov
+    >>> from precond.operators import Dense
+    >>> solver = Cholesky()
+    >>> state = solver.init(Dense(torch.eye(2)), Tikhonov(1.0))
+    >>> solver.apply(state, torch.ones(2))[0]
+    tensor([0.5000, 0.5000])
+    """
+
+    needs_definite: ClassVar[bool] = True
+
+    def _factorise(self, A: Tensor) -> State:
+        L, info = torch.linalg.cholesky_ex(A)
+        pivots = torch.where(info[..., None] == 0, L.diagonal(dim1=-2, dim2=-1).square(), -1.0)  # what follows a failure is garbage
+        self._check(pivots, A.diagonal(dim1=-2, dim2=-1), A.shape)
+        return {"factor": L}
+
+    def _solve(self, state: State, V: Tensor) -> Tensor:
+        return torch.cholesky_solve(V, state["factor"])

@@ -1,0 +1,135 @@
+"""One axis at a time: the curvature of a model on given data, with no training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precond import likelihoods
+from precond.blocks import Partition
+from precond.blockstate import BlockState
+from precond.distributed import Group, unwrap
+from precond.errors import ObservationError, UsageError
+from precond.history import Local
+from precond.likelihoods import Likelihood
+from precond.matrices import REGISTRY as MATRICES
+from precond.matrices import Matrix
+from precond.observe import Observer, Tensors, differentiate_batch
+from precond.operators import BlockDiagonal
+from precond.plan import Plan, Triple, make_plan
+from precond.representations import REGISTRY as REPRESENTATIONS
+from precond.representations import Representation
+from precond.solvers import CG
+from precond.update import Assembly
+
+Batch = tuple[Any, Tensor]
+
+
+def curvature(
+    model: nn.Module, criterion: nn.Module, inputs: Any = None, targets: Tensor | None = None, *, matrix: str | Matrix | type[Matrix],
+    repr: str | Representation | type[Representation], seed: int | None = None, exact: bool = False,
+    batches: Iterable[Batch] | None = None, strict: bool = False, rows: Mapping[str, str] | None = None,
+) -> BlockDiagonal:  # fmt: skip
+    """A curvature matrix in a representation, at the model's present parameters.
+
+    Pure: no `.grad`, generator, hook, mode or buffer of the model differs afterwards.
+
+    Args:
+        inputs: a tensor, or a tuple or dict of them for the model's call. targets: as the criterion takes them.
+        batches: instead, an iterable of (inputs, targets), of unequal sizes if need be: a mean loss weighs each by its
+            number of terms, a sum adds.
+        matrix, repr: a name or an instance. strict: raise instead of falling back where a layer cannot be hosted.
+        seed: keys sampled labels; drawn from torch's generator when None (which is put back).
+        exact: refuse BatchNorm in training mode, whose columns carry cross-example terms.
+
+    Returns:
+        A block-diagonal operator, (P, P) in the order of [p for p in model.parameters() if p.requires_grad], each
+        flattened row-major; `blocks[name]` is a block in its own coordinates.
+
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> C = curvature(model, nn.CrossEntropyLoss(), torch.ones(3, 2), torch.tensor([0, 1, 1]), matrix="ggn", repr="layer")
+    >>> C.shape
+    torch.Size([4, 4])
+    """
+    likelihood = likelihoods.resolve(criterion)
+    plain = unwrap(model)
+    data = _batches(inputs, targets, batches)
+    # any solver will do: the cell's other two axes are what is asked for
+    triple = Triple(MATRICES.create(matrix), REPRESENTATIONS.create(repr), CG(), 0.0)
+    plan = make_plan(Partition(plain), triple, None, strict)
+    if exact:
+        _refuse_batch_statistics(plain)
+    with _unchanged(plain):
+        key = int(torch.randint(2**31, ()).item()) if seed is None else seed
+        observer = Observer(plain, plan.observed_layers(), plan.demands, due=lambda: True, step=lambda: 0, seed=key, rows=rows)
+        observer.watch_model()
+        try:
+            gradients = _record(observer, plan, criterion, likelihood, data)
+            return _build(observer, plan, gradients, likelihood, Group(plain))
+        finally:
+            observer.remove()
+
+
+def _batches(inputs: Any, targets: Tensor | None, batches: Iterable[Batch] | None) -> list[Batch]:
+    if (batches is None) == (inputs is None):
+        raise UsageError("curvature() takes inputs and targets, or batches=, an iterable of (inputs, targets): one of the two.")
+    data = list(batches) if batches is not None else [(inputs, targets)]
+    if not data:
+        raise UsageError("batches= is empty: curvature needs at least one batch.")
+    return data  # type: ignore[return-value]
+
+
+def _record(observer: Observer, plan: Plan, criterion: nn.Module, likelihood: Likelihood, data: list[Batch]) -> Tensors:
+    """Forward passes, and in place of a backward pass the columns and the weighted mean gradient."""
+    tensors = plan.partition.tensors()
+    wanted = {p.name for b in plan.blocks if b.kind == "gradient" for p in b.block.parameters}
+    params = {n: p for n, p in tensors.items() if n in wanted}
+    gradients: Tensors = {n: torch.zeros_like(p) for n, p in params.items()}
+    weights: list[Tensor] = []
+    for inputs, targets in data:
+        weight, gradient = differentiate_batch(observer, criterion, likelihood, inputs, targets, params)
+        weights.append(weight)
+        gradients = {n: g + gradient[n] * weight.to(g.dtype) for n, g in gradients.items()}
+    divisor = torch.stack(weights).sum() if likelihood.reduction == "mean" else torch.ones((), dtype=torch.float64)
+    return {n: g.detach() / divisor.to(g.dtype) for n, g in gradients.items()}
+
+
+def _build(observer: Observer, plan: Plan, gradients: Tensors, likelihood: Likelihood, group: Group) -> BlockDiagonal:
+    assembly = Assembly(plan, observer, group, "normalised" if likelihood.reduction == "mean" else "given", 1.0)
+    observations = assembly.observations(gradients)
+    states = [BlockState(p, Local()) for p in plan.blocks]
+    for stage in dict.fromkeys(s for b in states for s in b.plan.repr.stages):
+        assembly.merge(states, observations, stage)
+        for b in states:
+            b.statistics = b.plan.repr.rebase(b.statistics)
+    total = sum(p.numel for p in plan.partition.parameters.values())
+    device = next(iter(plan.partition.tensors().values())).device
+    return BlockDiagonal(
+        {b.plan.block.name: b.operator() for b in states},
+        {b.plan.block.name: b.plan.block.positions().to(device) for b in states}, total,
+    )  # fmt: skip
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ObservationError(f"exact=True, but {name!r} normalises by the batch: the examples are not independent. Call model.eval() first.")
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put generators and buffers back at the end."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    saved = [(b, b.detach().clone()) for b in model.buffers()]
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in saved:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)

@@ -1,0 +1,114 @@
+"""Projections of a dense (P, P) matrix on the blocks of a network: layer, tensor, unit, diagonal.
+
+Claims:
+
+* theta is in the order of `model.parameters()`, trainable ones only, each flattened row-major; frozen parameters have no place;
+* the blocks of each projection are disjoint and cover theta, so a projection keeps those entries and puts zero elsewhere;
+* diagonal is inside unit and tensor, and both are inside layer;
+* a parameter belongs to the first module, in `named_modules` order, that owns it (a tied one to its first owner);
+  `nn.MultiheadAttention` owns its `out_proj`'s parameters too, for it does not call that module.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvTransposeNd
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+
+
+def positions(model: nn.Module) -> dict[str, slice]:
+    """{parameter name: its slice of theta}."""
+    places, start = {}, 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            places[name] = slice(start, start + parameter.numel())
+            start += parameter.numel()
+    return places
+
+
+def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
+    """(module name, its trainable parameters' names), one entry for each module that is the first owner of any."""
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups, taken = [], set()
+    for module_name, module in model.named_modules():
+        owned = []
+        for parameter in module.parameters(recurse=isinstance(module, nn.MultiheadAttention)):
+            if id(parameter) in names and id(parameter) not in taken:
+                taken.add(id(parameter))
+                owned.append(names[id(parameter)])
+        if owned:
+            groups.append((module_name, owned))
+    return groups
+
+
+def _range(place: slice) -> Tensor:
+    return torch.arange(place.start, place.stop)
+
+
+def joint_indices(model: nn.Module, layer_name: str) -> Tensor:
+    """The places in theta of vec[W, b] of one layer: row o of W.reshape(rows, -1), then b[o]. `M[i][:, i]` is in the order of B (x) A."""
+    module, places = model.get_submodule(layer_name), positions(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    weight = _range(places[names[id(module.weight)]]).reshape(module.weight.shape[0], -1)
+    if module.bias is None or names[id(module.bias)] not in places:
+        return weight.flatten()
+    return torch.cat([weight, _range(places[names[id(module.bias)]]).unsqueeze(1)], 1).flatten()
+
+
+def _separate(parameter: nn.Parameter, index: Tensor) -> list[Tensor]:
+    """Units of a tensor on its own: rows of dimension 0, or single elements of a 1-D tensor."""
+    return list(index.reshape(parameter.shape[0] if parameter.dim() else 1, -1))
+
+
+def unit_indices(model: nn.Module) -> list[Tensor]:
+    """The places in theta of each unit.
+
+    A norm: unit j is (weight_j, bias_j). A module with a weight of two or more dimensions and no other parameter than a bias (Linear,
+    Conv, Embedding): unit o is row o of weight.reshape(rows, -1) and bias[o]. Else (packed, transposed, bias alone): each tensor
+    separately, rows of dimension 0, or single elements of a 1-D tensor.
+    """
+    places, named, units = positions(model), dict(model.named_parameters()), []
+    for module_name, group in layer_groups(model):
+        module = model.get_submodule(module_name)
+        index = {name.rpartition(".")[2]: _range(places[name]) for name in group}
+        weight = getattr(module, "weight", None)
+        if isinstance(module, _NORMS):
+            units += list(torch.stack([index[key] for key in ("weight", "bias") if key in index], 1))
+        elif set(index) <= {"weight", "bias"} and "weight" in index and weight.dim() > 1 and not isinstance(module, _ConvTransposeNd):
+            parts = [index["weight"].reshape(weight.shape[0], -1)] + ([index["bias"].unsqueeze(1)] if "bias" in index else [])
+            units += list(torch.cat(parts, 1))
+        else:
+            for name in group:
+                units += _separate(named[name], _range(places[name]))
+    return units
+
+
+def _keep(M: Tensor, blocks: list[Tensor]) -> Tensor:
+    kept = torch.zeros_like(M)
+    for index in blocks:
+        kept[index.unsqueeze(1), index] = M[index.unsqueeze(1), index]
+    return kept
+
+
+def project_layer(M: Tensor, model: nn.Module) -> Tensor:
+    """Zero outside the blocks of the layers of `layer_groups`."""
+    places = positions(model)
+    return _keep(M, [torch.cat([_range(places[name]) for name in group]) for _, group in layer_groups(model)])
+
+
+def project_tensor(M: Tensor, model: nn.Module) -> Tensor:
+    """Zero outside the blocks of single parameters."""
+    return _keep(M, [_range(place) for place in positions(model).values()])
+
+
+def project_unit(M: Tensor, model: nn.Module) -> Tensor:
+    """Zero outside the blocks of `unit_indices`."""
+    return _keep(M, unit_indices(model))
+
+
+def project_diagonal(M: Tensor) -> Tensor:
+    """Zero outside the diagonal."""
+    return M.diagonal().diag()
