@@ -123,7 +123,7 @@ def test_a_wrong_option_is_refused_before_training(text: str) -> None:
 
 def test_an_unknown_contender_is_refused_with_the_closest_name() -> None:
     with pytest.raises(UnknownName, match="did you mean 'adamw'"):
-        parse("adamv")
+        parse("adanw")
 
 
 # training

@@ -131,7 +131,7 @@ def test_saved_and_gone_on_is_exact_to_the_bit(history: History) -> None:
 
 @every
 def test_nothing_waits_for_the_device(history: History) -> None:
-    x, valid = torch.empty(2, 2, device="meta"), torch.empty((), dtype=torch.bool, device="meta")  # reading a meta tensor on the host raises
+    x, valid = torch.empty(2, 2, device="meta"), torch.empty((), dtype=torch.bool, device="meta")  # reading these on the host raises
     spec = {name: SPEC[name] for name in ("A", "d", "m")} | ({"U": SPEC["U"]} if history.supports("rows") else {})
     kept: Statistics | None = None
     for _ in range(2):

@@ -235,6 +235,16 @@ def test_a_singular_operator_without_damping_raises_and_with_damping_does_not(so
     assert made.apply(state, draw(C.n))[0].isfinite().all()
 
 
+@pytest.mark.parametrize("solver", ["cholesky", "lu", "eigen"])
+def test_pivots_and_eigenvalues_that_rounding_left_positive_are_not_taken_for_good_ones(solver: str) -> None:
+    factors = [draw(6, 3, seed=s) for s in range(20)]
+    for X in factors:
+        with pytest.raises(SolverFailure):
+            create(solver).init(Dense(X @ X.T), Tikhonov(0.0))
+    good = torch.diag(torch.logspace(0, -12, 6, dtype=torch.float64))  # negative: badly conditioned is not singular
+    assert_close(create(solver).apply(create(solver).init(Dense(good), Tikhonov(0.0)), good)[0], eye(6), **EXACT)
+
+
 @pytest.mark.parametrize("solver", DIRECT)
 def test_an_operator_that_is_not_finite_raises(solver: str) -> None:
     C = Diagonal(torch.tensor([1.0, torch.nan])) if solver == "elementwise" else Dense(torch.full((2, 2), torch.nan))
@@ -387,6 +397,7 @@ def test_a_shift_of_the_users_own_is_part_of_the_operator() -> None:
         for name in solvers:
             P = inverse(C, solver=create(name) if name != "cg" else CG(tolerance=1e-14), damping=0.1)
             assert_close(P.to_dense(), torch.linalg.inv(C.to_dense() + 0.1 * eye(C.n)), **EXACT)
+    assert not create("cholesky").takes(Shifted(matrix_free(), 0.1)) and create("cholesky").takes(Shifted(Dense(A), 0.1))
     with pytest.raises(InvalidCombination, match=r"Shifted\(MatrixFree\)"):
         create("cholesky").init(Shifted(matrix_free(), 0.1), Tikhonov(0.1))
 
@@ -406,6 +417,18 @@ def test_inverse_says_what_it_inverts_block_by_block() -> None:
     diagonal = inverse(C, solver="cholesky", damping=0.1).blocks["c"].solver
     assert isinstance(diagonal, Elementwise), "a diagonal block is inverted element by element"
     assert isinstance(inverse(C, solver=Eigen(power=0.5), damping=0.1).blocks["c"].solver, Eigen)
+
+
+class DenseOnly(Eigen):
+    """A solver with powers that takes no diagonal."""
+
+    accepts = frozenset({Dense})
+
+
+def test_a_diagonal_block_is_inverted_to_the_power_of_the_solver() -> None:
+    d = draw(3).abs() + 0.1
+    P = inverse(BlockDiagonal({"a": Diagonal(d), "b": Dense(eye(2))}), solver=DenseOnly(power=0.5), damping=0.1)
+    assert_close(P.diagonal()[:3], (d + 0.1) ** -0.5, **EXACT)
 
 
 def test_inverse_of_a_matrix_free_operator_is_live() -> None:

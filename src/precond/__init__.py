@@ -4,6 +4,7 @@
 """
 
 from precond import damping, history, likelihoods, matrices, operators, representations, solvers, transforms
+from precond.catalog import Recipe, load_recipe, recipe, recipes
 from precond.cells import Cell, combinations
 from precond.errors import (
     InvalidCombination,
@@ -22,7 +23,7 @@ from precond.standalone import curvature
 __version__ = "0.1.0"
 
 __all__ = [
-    "Cell", "InvalidCombination", "NeedsTrajectory", "ObservationError", "PrecondError", "Preconditioner", "RefreshFailure",
-    "SolverFailure", "UnknownName", "UsageError", "combinations", "curvature", "damping", "history", "inverse", "likelihoods",
-    "matrices", "operators", "representations", "solvers", "transforms",
+    "Cell", "InvalidCombination", "NeedsTrajectory", "ObservationError", "PrecondError", "Preconditioner", "Recipe", "RefreshFailure",
+    "SolverFailure", "UnknownName", "UsageError", "combinations", "curvature", "damping", "history", "inverse", "likelihoods", "load_recipe",
+    "matrices", "operators", "recipe", "recipes", "representations", "solvers", "transforms",
 ]  # fmt: skip

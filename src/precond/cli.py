@@ -11,8 +11,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import precond
@@ -23,9 +22,7 @@ INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 Members = dict[str, str]
 
-SHOWN = (
-    "name", "title", "matrix", "repr", "solver", "formula", "summary", "options", "outer", "scope", "cost", "citation",
-)  # fmt: skip
+SHOWN = ("name", "title", "matrix", "repr", "solver", "axes", "formula", "summary", "options", "outer", "scope", "cost", "citation")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="precond", description="Gradient preconditioning: matrices, representations, solvers, and methods made of them.")
-    parser.add_argument("--version", action="version", version=f"precond {_version()}")
+    parser.add_argument("--version", action="version", version=f"precond {precond.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", help="the members of an axis, the recipes, or the valid combinations")
@@ -74,13 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(compare)
     compare.set_defaults(command=_compare)
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("precond")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "(not installed)"
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -147,11 +137,24 @@ def _show(arguments: argparse.Namespace) -> int:
         _print_json(shown)
         return 0
     lines: list[tuple[str, str]] = []
-    for key, value in shown.items():
-        values = [f"{k} = {v}" for k, v in value.items()] if isinstance(value, dict) else str(value).strip().splitlines()
+    axes = shown.pop("axes", {})
+    for key, value in {**shown, **axes}.items():  # with its options, an axis is shown in the place of its bare name
+        values = [_in_words(value)]
+        if key == "options":
+            values = [f"{option} = {_in_words(setting)}" for option, setting in value.items()]
         lines += [(key if index == 0 else "", line) for index, line in enumerate(values)]
     _print_table(lines)
     return 0
+
+
+def _in_words(value: Any) -> str:
+    """Plain data of a recipe in one line: a table with a name as the call that it stands for."""
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{key}={_in_words(setting)}" for key, setting in value.items() if key != "name")
+        return f"{value['name']}({inner})" if inner and "name" in value else str(value.get("name", inner))
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_in_words, value)) + "]"
+    return " ".join(str(value).split())
 
 
 # printing

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from precond.errors import InvalidCombination
 from precond.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Operator, RootShifted, Shifted
+from precond.operators.base import number
 
 SMALLEST = 1e-8
 """Where there is no damping, the first boost starts at this multiple of the mean of the diagonal."""
@@ -104,9 +105,10 @@ class Outside(Damping):
 class Factored(Damping):
     """Damping of each factor of a Kronecker operator, whose product stays a Kronecker product.
 
-    With w_m = tr(F_m) / n_m, c = (prod w_m)^(1/k) and l = value / scale, factor m becomes F_m + l^(1/k) (w_m / c) I; for two factors B
-    (x) A that is (B + sqrt(l) / pi I) (x) (A + pi sqrt(l) I) with pi^2 = (tr A / dim A) / (tr B / dim B) (Martens and Grosse 2015,
-    section 6.3, arXiv 1503.05671). It exceeds C + value I by a positive semi-definite matrix. Where a mean trace is not positive and
+    With w_m = tr(F_m) / n_m, c = (prod w_m)^(1/k) and l = value / scale, factor m becomes F_m + l^(1/k) (w_m / c) I.
+    For two factors, B (x) A, that is (B + sqrt(l) / pi I) (x) (A + pi sqrt(l) I) with pi^2 = (tr A / dim A) / (tr B / dim B)
+    (Martens and Grosse 2015, section 6.3, arXiv 1503.05671). It exceeds C + value I by a
+    positive semi-definite matrix. Where a mean trace is not positive and
     finite, w_m / c is 1. Equal to `Tikhonov` on dense and diagonal operators.
 
     Args:
@@ -129,7 +131,7 @@ class Factored(Damping):
             raise InvalidCombination(f"Factored damping needs Kronecker factors; for a {operator.kind} operator use Tikhonov.")
         operator = operator.materialise()
         k = len(operator.factors)
-        level = torch.as_tensor(self.value / operator.scale, dtype=operator.dtype, device=operator.device) ** (1 / k)
+        level = (number(self.value, operator) / number(operator.scale, operator)) ** (1 / k)
         shifts = level * self._balance(operator)
         return Kronecker(*(F.plus(shift) for F, shift in zip(operator.factors, shifts, strict=True)), scale=operator.scale)
 

@@ -24,8 +24,8 @@ class Local(History):
 
     def _merge(self, result: Statistics, name: str, x: Tensor, stat: Stat, valid: Tensor) -> None:
         old: Tensor | None = result.get(name)
-        # rows may change in number; then there is no old value to fall back to that has the shape the graph of the program knows
         weight = valid.to(torch.float64)
+        # rows may change in number: an invalid observation is then zeros, since only the device knows that it is invalid
         if old is not None and old.shape == x.shape:
             x, weight = torch.where(valid, x, old), torch.maximum(weight, result[name + WEIGHT])
         result[name], result[name + WEIGHT] = x, weight

@@ -13,8 +13,9 @@ from precond.errors import InvalidCombination
 from precond.statistics import Kind, Stat, Statistics
 
 WEIGHT = ".weight"
+"""Suffix of the weight that lies beside an averaged entry."""
 COUNT = ".count"
-"""Suffixes of the entries that a history keeps beside an entry."""
+"""Suffix of what some histories count beside an entry."""
 
 
 class History(ABC):
@@ -75,7 +76,7 @@ class History(ABC):
 
 
 class Accumulator(History):
-    """A history that keeps a running value and its weight: (1 - new) old + new x, or old + x."""
+    """A history that keeps a running value keep * old + take * x and, by the same rule, its weight keep * weight + take * 1."""
 
     @abstractmethod
     def _rates(self, result: Statistics, name: str, x: Tensor, valid: Tensor) -> tuple[float | Tensor, float | Tensor]:

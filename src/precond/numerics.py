@@ -96,16 +96,24 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Products inside run without autocast and without TF32, whatever the caller's context; the settings are put back."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
+    switches = _tf32_switches()
+    before = [getattr(owner, name) for owner, name, _ in switches]
     try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
+        for owner, name, off in switches:
+            setattr(owner, name, off)
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _tf32_switches() -> list[tuple[Any, str, Any]]:
+    """Owner, name and off position; newer versions of torch refuse to mix their own switch with the old one."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    if hasattr(cuda.matmul, "fp32_precision"):
+        return [(cuda.matmul, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee")]  # type: ignore[attr-defined]
+    return [(cuda.matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
 
 
 def climb(

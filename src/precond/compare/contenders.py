@@ -146,7 +146,7 @@ def _parameters() -> list[nn.Parameter]:
 
 def _recipe(text: str, name: str, options: Options) -> Contender:
     recipe = precond.load_recipe(name)
-    known: Options = dict(getattr(recipe, "outer", None) or {})
+    known = {key: value for key, value in recipe.outer.items() if key != "name"}
     outer = {key: value for key, value in options.items() if key == "lr" or key in known}
     inner = {key: value for key, value in options.items() if key not in outer}
     lr = float({"lr": _RECIPE_LR, **known, **outer}["lr"])

@@ -63,7 +63,7 @@ def replay(call: CriterionCall, model: nn.Module) -> Tensor:
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}  # a second pass must not move BatchNorm's running statistics twice
     with same_conditions(forward, call.output.device):
         outputs = list(tensors_in(torch.func.functional_call(model, buffers, forward.args, dict(forward.kwargs))))
-    return call.bridge(outputs[call.model_output])
+        return call.bridge(outputs[call.model_output])
 
 
 class Linearised:

@@ -25,8 +25,7 @@ class SpectralSolver(Solver):
         power: p > 0.
         spectrum: what becomes of the eigenvalues of C before they are damped. "keep": nothing; "clamp": negative ones become 0; "abs":
             their absolute value, as in saddle-free Newton; "auto": "keep" for power 1, and for other powers only what rounding made
-            negative becomes 0. What is within
-            rounding of zero is zero in every case.
+            negative becomes 0. What an eigendecomposition leaves within rounding of zero is zero in every case.
     """
 
     power: float = 1.0
