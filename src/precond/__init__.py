@@ -1,6 +1,6 @@
 """Gradient preconditioning for PyTorch: a curvature matrix, in a representation, inverted by a solver.
 
-    direction = (C, damped) ^ (-power) applied to the gradient
+direction = (C, damped) ^ (-power) applied to the gradient
 """
 
 from precond import damping, history, likelihoods, matrices, operators, representations, solvers, transforms

@@ -144,7 +144,7 @@ class Block:
 def leading_size(seen: LayerColumns) -> int:
     """The leading dimension of the layer's input, 1 for a single vector."""
     x = seen.input
-    return x.shape[0] if x.dim() > 1 or not x.is_floating_point() and x.dim() else 1
+    return x.shape[0] if x.dim() > 1 or (not x.is_floating_point() and x.dim()) else 1
 
 
 class Partition:
@@ -154,14 +154,16 @@ class Partition:
         self.model = model
         self.layers = _layers(model)
         self.parameters = _parameters(model, self.layers)
-
-    def tensors(self) -> dict[str, nn.Parameter]:
+        self.tensors = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
         """Canonical name -> the trainable parameter itself."""
-        return {canonical(n): p for n, p in self.model.named_parameters() if p.requires_grad}
+        self._signature = self._present()
 
-    def signature(self) -> tuple[tuple[str, int], ...]:
-        """Changes when a parameter is frozen, added or swapped."""
-        return tuple((n, id(p)) for n, p in self.model.named_parameters() if p.requires_grad)
+    def _present(self) -> tuple[int, ...]:
+        return tuple(id(p) for p in self.model.parameters() if p.requires_grad)
+
+    def outdated(self) -> bool:
+        """Whether a parameter was frozen, added or swapped since."""
+        return self._present() != self._signature
 
     def owned(self, layer: str) -> list[Parameter]:
         return [p for p in self.parameters.values() if p.owner == layer]

@@ -163,7 +163,7 @@ def _line(text: str, word: str) -> str:
 def _member(cls: type, spec: Mapping[str, Any], where: str) -> Any:
     """An instance of a class from a table of options; a key it does not have gets the nearest one."""
     options = {k: v for k, v in spec.items() if k != "name"}
-    known = {f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")}  # type: ignore[arg-type]
+    known = {f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")}
     for key in options:
         if key not in known:
             raise RecipeError(f"{key!r} is no option of {spec['name']!r}{closest(key, known) if known else '; it has none.'}")

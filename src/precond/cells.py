@@ -62,7 +62,8 @@ def specimen(structure: type[Operator]) -> Operator:
     eye = torch.eye(2)
     if structure is MatrixFree:
         return MatrixFree(lambda v: v, 2, eye.dtype, "cpu")
-    return {Dense: lambda: Dense(eye), Diagonal: lambda: Diagonal(torch.ones(2)), Kronecker: lambda: Kronecker(eye, eye)}[structure]()
+    made: dict[type[Operator], Operator] = {Dense: Dense(eye), Diagonal: Diagonal(torch.ones(2)), Kronecker: Kronecker(eye, eye)}
+    return made[structure]
 
 
 def why_not_damping(representation: Representation, solver: Solver, damping: float | Damping) -> str | None:

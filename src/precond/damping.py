@@ -107,9 +107,8 @@ class Factored(Damping):
 
     With w_m = tr(F_m) / n_m, c = (prod w_m)^(1/k) and l = value / scale, factor m becomes F_m + l^(1/k) (w_m / c) I.
     For two factors, B (x) A, that is (B + sqrt(l) / pi I) (x) (A + pi sqrt(l) I) with pi^2 = (tr A / dim A) / (tr B / dim B)
-    (Martens and Grosse 2015, section 6.3, arXiv 1503.05671). It exceeds C + value I by a
-    positive semi-definite matrix. Where a mean trace is not positive and
-    finite, w_m / c is 1. Equal to `Tikhonov` on dense and diagonal operators.
+    (Martens and Grosse 2015, section 6.3, arXiv 1503.05671). It exceeds C + value I by a positive semi-definite matrix.
+    Where a mean trace is not positive and finite, w_m / c is 1. Equal to `Tikhonov` on dense and diagonal operators.
 
     Args:
         pi: False: w_m / c is 1.

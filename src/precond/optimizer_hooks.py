@@ -31,7 +31,7 @@ class OptimizerHooks:
         self._handles.remove()
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        """torch calls this before the closure, which refills p.grad: then the work is done inside the closure."""
+        """Torch calls this before the closure, which refills p.grad: then the work is done inside the closure."""
         self._rewritten = False
         positional = len(args) > 1  # args[0] is the optimizer itself
         closure = args[1] if positional else kwargs.get("closure")

@@ -73,7 +73,6 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     demands: tuple[Demand, ...]
     left: Mapping[str, str]
-    signature: tuple[tuple[str, int], ...]
 
     def observed_layers(self) -> dict[str, nn.Module]:
         names = frozenset().union(*(d.layers for d in self.demands if d.kind == "columns"))
@@ -111,7 +110,7 @@ def make_plan(partition: Partition, default: Triple, overrides: Overrides | None
         blocks += _plan_group(partition, triple, owners, strict, draft)
     demands = tuple(Demand(m, k, frozenset(layers)) for (m, k), layers in zip(draft.matrices, draft.layers, strict=True))
     _refuse_layers(partition, demands)
-    return Plan(partition, tuple(blocks), demands, left, partition.signature())
+    return Plan(partition, tuple(blocks), demands, left)
 
 
 def _choose(partition: Partition, default: Triple, overrides: Overrides) -> dict[str, Triple | None]:

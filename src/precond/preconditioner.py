@@ -115,7 +115,7 @@ class Preconditioner:
         """
         if self._observer is not None:
             raise UsageError("this preconditioner is attached already: call remove() first, or build another one.")
-        criteria = [] if criterion is None else list(criterion) if isinstance(criterion, (list, tuple)) else [criterion]
+        criteria = _criteria(criterion)
         self._resolved = [(c, likelihoods.resolve(c)) for c in criteria]
         self._group, self._scaler = Group(model), scaler
         self._model = unwrap(model)
@@ -214,12 +214,12 @@ class Preconditioner:
         """Observe, refresh, apply and write; False where no parameter has a gradient. `scale`: AMP's, for fused optimizers."""
         observer = self._attached()
         assert self._plan is not None
-        if self._plan.partition.signature() != self._plan.signature:
+        if self._plan.partition.outdated():
             parts = observer.parts
             self._make_plan()
             self._attached().parts = parts
         observer, plan = self._attached(), self._plan
-        params = {n: p for n, p in plan.partition.tensors().items() if p.grad is not None}
+        params = {n: p for n, p in plan.partition.tensors.items() if p.grad is not None}
         if not params:
             return False
         marks = [(id(p.grad), p.grad._version) for p in params.values() if p.grad is not None]
@@ -241,7 +241,7 @@ class Preconditioner:
                 "(under gradients), or call observe(loss, output, target) before loss.backward()."
             )
         names = {p.name for b in plan.blocks if b.kind == "gradient" for p in b.block.parameters}
-        tensors = plan.partition.tensors()
+        tensors = plan.partition.tensors
         complete = {n: gradients[n] if n in gradients else torch.zeros_like(_wide(tensors[n])) for n in names}
         assembly = Assembly(plan, observer, self._group, self.loss_weights, self._amp_scale())
         observations = assembly.observations(complete)
@@ -270,9 +270,7 @@ class Preconditioner:
         with_gradient = [b for b in self._blocks if any(n in gradients for n in b.plan.block.names)]
         raw: Tensors = {}
         for b in with_gradient:
-            sample = next(gradients[n] for n in b.plan.block.names if n in gradients)
-            filled = {p.name: gradients.get(p.name, sample.new_zeros(p.shape)) for p in b.plan.block.parameters}
-            raw[b.plan.block.name] = b.plan.block.gather(filled)
+            raw[b.plan.block.name] = b.plan.block.gather(_filled(b, gradients))
         vectors, started = raw, self._step >= self.start_step
         for transform, state in zip(self.transforms, self._transform_states, strict=True):
             vectors = transform.before(vectors, state)
@@ -280,7 +278,7 @@ class Preconditioner:
         for b in with_gradient:
             vector = vectors[b.plan.block.name]
             directions[b.plan.block.name] = self._apply(b, vector) if started else vector
-        rates = self._learning_rates()
+        rates = self._learning_rates() if self.transforms else {}
         for transform, state in zip(self.transforms, self._transform_states, strict=True):
             directions = transform.after(vectors, directions, rates, state, started)
         return self._scatter(with_gradient, raw, directions)
@@ -341,7 +339,7 @@ class Preconditioner:
         groups = optimizer.param_groups if optimizer is not None else []
         by_parameter = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
         assert self._plan is not None
-        tensors = self._plan.partition.tensors()
+        tensors = self._plan.partition.tensors
         return {b.plan.block.name: by_parameter.get(id(tensors[b.plan.block.names[0]]), 1.0) for b in self._blocks}
 
     # -- reading and saving --------------------------------------------------------------------------------------
@@ -387,6 +385,23 @@ class Preconditioner:
         for b in self._blocks:
             saved = state["blocks"][b.plan.block.name]
             b.statistics, b.state, b.failures = _copied(saved["statistics"], device), _copied(saved["state"], device), int(saved["failures"])
+
+
+def _filled(block: BlockState, gradients: Tensors) -> Tensors:
+    """The gradients of a block's parameters, zeros for those that have none in this step."""
+    names = block.plan.block.names
+    if all(n in gradients for n in names):
+        return gradients
+    like = next(gradients[n] for n in names if n in gradients)
+    return {p.name: gradients[p.name] if p.name in gradients else like.new_zeros(p.shape) for p in block.plan.block.parameters}
+
+
+def _criteria(criterion: Criterion | Sequence[Criterion] | None) -> list[Criterion]:
+    if criterion is None:
+        return []
+    if isinstance(criterion, (str, nn.Module, Likelihood)) or not isinstance(criterion, Sequence):
+        return [criterion]
+    return list(criterion)
 
 
 def _copied(tree: Any, device: torch.device) -> Any:

@@ -42,7 +42,7 @@ class Registry(Generic[T]):
                 raise ValueError(f"{name!r} is already one of the {self.axis}: choose another name.")
             cls.name = name  # type: ignore[attr-defined]
             self._members[name] = cls
-            return cls
+            return cls  # type: ignore[return-value]  # the check above narrowed it
 
         return decorate
 

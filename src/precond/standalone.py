@@ -85,7 +85,7 @@ def _batches(inputs: Any, targets: Tensor | None, batches: Iterable[Batch] | Non
 
 def _record(observer: Observer, plan: Plan, criterion: nn.Module, likelihood: Likelihood, data: list[Batch]) -> Tensors:
     """Forward passes, and in place of a backward pass the columns and the weighted mean gradient."""
-    tensors = plan.partition.tensors()
+    tensors = plan.partition.tensors
     wanted = {p.name for b in plan.blocks if b.kind == "gradient" for p in b.block.parameters}
     params = {n: p for n, p in tensors.items() if n in wanted}
     gradients: Tensors = {n: torch.zeros_like(p) for n, p in params.items()}
@@ -107,7 +107,7 @@ def _build(observer: Observer, plan: Plan, gradients: Tensors, likelihood: Likel
         for b in states:
             b.statistics = b.plan.repr.rebase(b.statistics)
     total = sum(p.numel for p in plan.partition.parameters.values())
-    device = next(iter(plan.partition.tensors().values())).device
+    device = next(iter(plan.partition.tensors.values())).device
     return BlockDiagonal(
         {b.plan.block.name: b.operator() for b in states},
         {b.plan.block.name: b.plan.block.positions().to(device) for b in states}, total,

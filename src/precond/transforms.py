@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,7 +14,7 @@ State = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Transform(ABC):
+class Transform:
     """`before` changes the vector that is preconditioned, `after` the direction. State: tensors and numbers by block."""
 
     def before(self, vectors: Vectors, state: State) -> Vectors:
@@ -124,7 +123,8 @@ class Graft(Transform):
         own["second"] = torch.where(finite, keep * own["second"] + take * square, own["second"])
         own["steps"] += 1
         second = own["second"] / (1 - self.beta ** own["steps"]) if self.onto == "adam" else own["second"]
-        return gradient / (second.sqrt() + self.eps)
+        scaled: Tensor = gradient / (second.sqrt() + self.eps)
+        return scaled
 
     def after(self, gradients: Vectors, directions: Vectors, rates: Mapping[str, float], state: State, started: bool) -> Vectors:
         out = {}

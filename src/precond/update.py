@@ -40,7 +40,7 @@ class Assembly:
         return self._product(number)
 
     def _product(self, number: int) -> Product:
-        demand, tensors = self.plan.demands[number], self.plan.partition.tensors()
+        demand, tensors = self.plan.demands[number], self.plan.partition.tensors
         names = {p.name for plan in self.plan.blocks if plan.demand == number for p in plan.block.parameters}
         params = {n: p for n, p in tensors.items() if n in names}
         matrix: Any = demand.matrix
@@ -69,11 +69,8 @@ class Assembly:
     def merge(self, blocks: Sequence[BlockState], observations: Sequence[Observation], stage: str) -> list[Tensor]:
         """Measure one stage of every block, sum over ranks by kind, and merge; returns a valid flag for each block."""
         chosen = [b for b in blocks if stage in b.plan.repr.stages]
-        measured = []
-        for block in chosen:
-            observation = observations[block.plan.demand]
-            with numerics.full_precision(_device(block).type):
-                measured.append(block.plan.repr.measure(stage, observation, block.plan.block, block.statistics))
+        with numerics.full_precision(_device(chosen[0]).type):
+            measured = [b.plan.repr.measure(stage, observations[b.plan.demand], b.plan.block, b.statistics) for b in chosen]
         flags = [finite(new, _device(block)) for block, new in zip(chosen, measured, strict=True)]
         valid = self._reduce(chosen, observations, measured, flags)
         for block, new, flag in zip(chosen, measured, valid, strict=True):

@@ -29,7 +29,7 @@ class Conv2d(LinearRule):
         module = seen.module
         assert isinstance(module, nn.Conv2d)
         x, g = layer_input(seen), layer_grad(seen)
-        patches = F.unfold(pad_input(x, module), module.kernel_size, dilation=module.dilation, stride=module.stride)  # type: ignore[arg-type]
+        patches = F.unfold(pad_input(x, module), module.kernel_size, dilation=module.dilation, stride=module.stride)
         examples, groups = x.shape[0], module.groups
         a = patches.reshape(examples, groups, -1, patches.shape[-1]).permute(1, 0, 3, 2)
         g = g.reshape(g.shape[0], examples, groups, module.out_channels // groups, -1).permute(0, 2, 1, 4, 3)

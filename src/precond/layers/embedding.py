@@ -31,7 +31,7 @@ class Embedding(Rule):
         rows = self.rows(seen)
         assert isinstance(rows.a, OneHot)
         index, g = rows.a.index[examples], rows.g[:, 0, examples]
-        columns, count, positions, width = g.shape
+        columns, count, _, width = g.shape
         # one scatter into (K * n) tables stacked on top of each other
         offset = torch.arange(columns * count, device=index.device).view(columns, count, 1) * rows.a.size
         table = g.new_zeros(columns * count * rows.a.size, width)

@@ -99,7 +99,7 @@ def _pullback(seen: LayerColumns, names: Sequence[str], dims: dict[str, int | No
             outputs = list(tensors_in(torch.func.functional_call(module, {**held, **free}, args, kwargs)))
             return tuple(outputs[i] for i in used)
 
-        _, back = torch.func.vjp(run, free)
+        back = torch.func.vjp(run, free)[1]
         cotangents = tuple(c.unsqueeze(out_dims[i]) for i, c in zip(used, column, strict=True))
         (gradients,) = back(cotangents)
         return dict(gradients)
@@ -108,7 +108,7 @@ def _pullback(seen: LayerColumns, names: Sequence[str], dims: dict[str, int | No
 
 
 def _over_examples(pull: Pull, mapped: Tensors, columns: list[Tensor]) -> Tensors:
-    """vmap over columns and examples; a module that cannot be vmapped is looped over."""
+    """Vmap over columns and examples; a module that cannot be vmapped is looped over."""
     count, examples = columns[0].shape[:2]
     try:
         by_column = torch.func.vmap(lambda e, c: pull(e, c), in_dims=(None, 0))

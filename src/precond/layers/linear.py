@@ -24,7 +24,7 @@ class LinearRule(Rule):
         out: Tensors = {}
         if "weight" in names:
             weight = torch.einsum("kgnro,gnri->kngoi", g, a)
-            out["weight"] = weight.reshape(*weight.shape[:2], *seen.module.weight.shape)  # type: ignore[union-attr, operator]
+            out["weight"] = weight.reshape(*weight.shape[:2], *seen.module.get_parameter("weight").shape)
         if "bias" in names:
             out["bias"] = torch.einsum("kgnro->kngo", g).flatten(2)
         return out
@@ -35,7 +35,7 @@ class LinearRule(Rule):
         out: Tensors = {}
         if "weight" in names:
             weight = torch.einsum("kgnro,gnri->goi", rows.g, rows.a)
-            out["weight"] = weight.reshape(seen.module.weight.shape)  # type: ignore[union-attr, arg-type]
+            out["weight"] = weight.reshape(seen.module.get_parameter("weight").shape)
         if "bias" in names:
             out["bias"] = torch.einsum("kgnro->go", rows.g).flatten()
         return out

@@ -14,7 +14,7 @@ from precond.registry import Registry
 
 __all__ = ["REGISTRY", "Bernoulli", "Categorical", "Likelihood", "Normal", "exact_columns", "resolve"]
 
-REGISTRY: Registry[Likelihood] = Registry("likelihoods", Likelihood)
+REGISTRY: Registry[Likelihood] = Registry("likelihoods", Likelihood)  # type: ignore[type-abstract]
 for _member in (Categorical, Normal, Bernoulli):
     REGISTRY.register(_member.name)(_member)
 

@@ -46,7 +46,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:
-        """d (sum of the term losses) / d output, in the shape of `output`."""
+        """D (sum of the term losses) / d output, in the shape of `output`."""
 
     @abstractmethod
     def factor(self, output: Tensor, target: Tensor) -> Iterator[Tensor]:

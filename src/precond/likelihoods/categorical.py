@@ -41,7 +41,7 @@ class Categorical(Likelihood):
         return (target != self.ignore_index).unsqueeze(*self.event(output))
 
     def _probabilities(self, output: Tensor) -> Tensor:
-        return full(output).softmax(*self.event(output))
+        return full(output).softmax(self.event(output)[0])
 
     def terms(self, output: Tensor, target: Tensor) -> Tensor:
         return self._mask(output, target).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 
@@ -55,7 +56,7 @@ class Elementwise(Likelihood):
             yield column
 
     def sample(self, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-        return self._draw(full(output), generator) * self._per_output(output) ** 0.5
+        return self._draw(full(output), generator) * math.sqrt(self._per_output(output))
 
     def hessian_product(self, output: Tensor, target: Tensor, vector: Tensor) -> Tensor:
         return self._curvature(full(output)) * self._per_output(output) * vector

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -26,4 +28,4 @@ class Normal(Elementwise):
         return 2.0 * (output - target)
 
     def _draw(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        return 2.0**0.5 * torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
+        return math.sqrt(2.0) * torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)

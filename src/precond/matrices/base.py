@@ -57,4 +57,4 @@ class Matrix(ABC):
         return self.cotangents(context)
 
 
-REGISTRY: Registry[Matrix] = Registry("matrices", Matrix)  # type: ignore[type-abstract]
+REGISTRY: Registry[Matrix] = Registry("matrices", Matrix)

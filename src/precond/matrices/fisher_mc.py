@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,4 +37,4 @@ class FisherMC(Matrix):
 
     def cotangents(self, context: Context) -> Tensor:
         draws = [context.likelihood.sample(context.output, context.target, context.generator) for _ in range(self.samples)]
-        return torch.stack(draws) / self.samples**0.5
+        return torch.stack(draws) / math.sqrt(self.samples)

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 
 class Removable(Protocol):
+    """What torch gives back for a hook."""
+
     def remove(self) -> None: ...
 
 

@@ -26,7 +26,8 @@ def find_forward(output: Tensor, key: str) -> tuple[Forward, dict[int, Any], int
         node = queue.popleft()
         if node is None:
             continue
-        entry = node.metadata.get(key)
+        carried: dict[str, Any] = node.metadata  # type: ignore[assignment]  # torch declares it a method
+        entry = carried.get(key)
         if entry is not None:
             if forward is not None and entry[0] is not forward:
                 raise ObservationError(

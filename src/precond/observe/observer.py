@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from precond.errors import ObservationError
 from precond.likelihoods import Likelihood
 from precond.observe.bridge import find_bridge
 from precond.observe.guard import busy
@@ -57,7 +56,8 @@ class Context:
 class Source(Protocol):
     """What the observer asks of a matrix."""
 
-    true_gradient: bool
+    @property
+    def true_gradient(self) -> bool: ...
 
     def cotangents(self, context: Context) -> Tensor: ...
 
@@ -187,7 +187,8 @@ class Observer:
             if node is None:
                 continue
             # The node keeps the record and the record, upstream of it, not the node: dropping the output frees both.
-            node.metadata.setdefault(self._key, (forward, number))
+            carried: dict[str, Any] = node.metadata  # type: ignore[assignment]  # torch declares it a method
+            carried.setdefault(self._key, (forward, number))
             for call in forward.calls:
                 call.edges = [number if isinstance(e, GradientEdge) and e.node is node else e for e in call.edges]
         if len({id(node) for node in nodes if node is not None}) > 1:

@@ -111,7 +111,7 @@ class SecondOrder:
         self._gradient = dict(zip(params, found, strict=True))
 
     def __call__(self, vectors: Tensors) -> Tensors:
-        names = [n for n in vectors if self._gradient[n] is not None and self._gradient[n].requires_grad]  # type: ignore[union-attr]
+        names = [n for n in vectors if self._gradient[n] is not None and self._gradient[n].requires_grad]
         if not names:
             return {n: torch.zeros_like(v) for n, v in vectors.items()}
         gradient: Sequence[Tensor] = [g for n in names if (g := self._gradient[n]) is not None]

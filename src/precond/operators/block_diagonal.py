@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from precond.operators.base import Operator
 
@@ -48,7 +47,6 @@ class BlockDiagonal(Operator):
         return positions
 
     @property
-    @override
     def n(self) -> int:
         return self._n
 
@@ -56,7 +54,6 @@ class BlockDiagonal(Operator):
     def _like(self) -> Tensor:
         return next(iter(self.blocks.values()))._like
 
-    @override
     def fields(self) -> dict[str, Any]:
         return {"blocks": self.blocks, "positions": self.positions, "n": self._n}
 
@@ -70,7 +67,6 @@ class BlockDiagonal(Operator):
             result[self.positions[name]] = block._matmul(V[self.positions[name]])
         return result
 
-    @override
     def to_dense(self) -> Tensor:
         result = torch.zeros(self.n, self.n, dtype=self.dtype, device=self.device)
         for name, block in self.blocks.items():
@@ -78,25 +74,21 @@ class BlockDiagonal(Operator):
             result[where[:, None], where] = block.to_dense()
         return result
 
-    @override
     def diagonal(self) -> Tensor:
         result = torch.zeros(self.n, dtype=self.dtype, device=self.device)
         for name, block in self.blocks.items():
             result[self.positions[name]] = block.diagonal()
         return result
 
-    @override
     def trace(self) -> Tensor:
         return torch.stack([block.trace() for block in self.blocks.values()]).sum()
 
-    @override
     def logdet(self) -> Tensor:
         total = torch.stack([block.logdet() for block in self.blocks.values()]).sum()
         covered = sum(block.n for block in self.blocks.values())
         return total if covered == self.n else torch.full_like(total, -torch.inf)
 
     @property
-    @override
     def noise(self) -> int:
         return sum(block.noise for block in self.blocks.values())
 

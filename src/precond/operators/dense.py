@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from precond.numerics import eigh, matrix_power, round_off
 from precond.operators.base import Operator
@@ -42,7 +41,6 @@ class Dense(Operator):
         return self.matrix.shape[-1]
 
     @property
-    @override
     def n(self) -> int:
         return self.batch.numel() * self.size
 
@@ -50,18 +48,15 @@ class Dense(Operator):
     def _like(self) -> Tensor:
         return self.matrix
 
-    @override
     def fields(self) -> dict[str, Any]:
         return {"matrix": self.matrix}
 
     def _matmul(self, V: Tensor) -> Tensor:
         return (self.matrix @ V.reshape(*self.batch, self.size, -1)).reshape(self.n, -1)
 
-    @override
     def to_dense(self) -> Tensor:
         return torch.block_diag(*self.matrix.flatten(0, -3)) if self.batch else self.matrix
 
-    @override
     def diagonal(self) -> Tensor:
         return self.matrix.diagonal(dim1=-2, dim2=-1).reshape(-1)
 
@@ -78,7 +73,6 @@ class Dense(Operator):
         identity = torch.eye(self.size, dtype=self.dtype, device=self.device)
         return Dense(self.matrix + torch.as_tensor(shift, dtype=self.dtype, device=self.device)[..., None, None] * identity)
 
-    @override
     def spectral(self) -> KroneckerEigen:
         d, U = eigh(self.matrix.reshape(-1, self.size, self.size))
         return KroneckerEigen((U,), round_off(d))

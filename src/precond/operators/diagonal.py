@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from precond.operators.base import Operator
 from precond.operators.kronecker_eigen import KroneckerEigen
@@ -39,7 +38,6 @@ class Diagonal(Operator):
         return self.values.shape[-1]
 
     @property
-    @override
     def n(self) -> int:
         return self.values.numel()
 
@@ -47,18 +45,15 @@ class Diagonal(Operator):
     def _like(self) -> Tensor:
         return self.values
 
-    @override
     def fields(self) -> dict[str, Any]:
         return {"diagonal": self.values}
 
     def _matmul(self, V: Tensor) -> Tensor:
         return self.values.reshape(-1, 1) * V
 
-    @override
     def to_dense(self) -> Tensor:
         return torch.diag(self.values.reshape(-1))
 
-    @override
     def diagonal(self) -> Tensor:
         return self.values.reshape(-1)
 
@@ -74,7 +69,6 @@ class Diagonal(Operator):
         """C + shift I; `shift` is a number or (*batch)."""
         return Diagonal(self.values + torch.as_tensor(shift, dtype=self.dtype, device=self.device)[..., None])
 
-    @override
     def spectral(self) -> KroneckerEigen:
         return KroneckerEigen((None,), self.values.reshape(-1, self.size))
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
-from typing_extensions import override
 
 from precond.errors import UsageError
 from precond.operators.base import Operator
@@ -37,7 +36,6 @@ class Inverse(Operator):
         self.live = operator.live
 
     @property
-    @override
     def n(self) -> int:
         return self.damped.n
 
@@ -45,14 +43,12 @@ class Inverse(Operator):
     def _like(self) -> Tensor:
         return self.damped._like
 
-    @override
     def fields(self) -> dict[str, Any]:
         raise UsageError("an inverse is a solver and its state: pack or cast the operator it was made from, and invert that again.")
 
     def _matmul(self, V: Tensor) -> Tensor:
         return self.solver.apply(dict(self.state), V, self.operator)[0]
 
-    @override
     def logdet(self) -> Tensor:
         return -self.power * self.damped.logdet()
 

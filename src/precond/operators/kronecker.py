@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from precond.operators.base import Operator, number
 from precond.operators.dense import Dense
@@ -56,7 +55,6 @@ class Kronecker(Operator):
         return tuple(F.size for F in self.factors)
 
     @property
-    @override
     def n(self) -> int:
         return self.batch.numel() * math.prod(self.sizes)
 
@@ -64,12 +62,10 @@ class Kronecker(Operator):
     def _like(self) -> Tensor:
         return self.factors[0]._like
 
-    @override
     def fields(self) -> dict[str, Any]:
         return {"factors": {str(m): F for m, F in enumerate(self.factors)}, "exponent": self.exponent, "scale": self.scale}
 
     @classmethod
-    @override
     def from_fields(cls, fields: dict[str, Any]) -> Self:
         return cls(*fields["factors"].values(), exponent=fields["exponent"], scale=fields["scale"])
 
@@ -86,18 +82,15 @@ class Kronecker(Operator):
         X = mode_products(tensors, V.reshape(self.batch.numel(), *self.sizes, -1))
         return self.scale * X.reshape(self.n, -1)
 
-    @override
     def to_dense(self) -> Tensor:
         # torch.kron refuses some strides, such as those that LAPACK leaves
         stacks = [_matrices(F).reshape(-1, F.size, F.size).contiguous() for F in self.materialise().factors]
         product: Tensor = torch.block_diag(*(reduce(torch.kron, group) for group in zip(*stacks, strict=True)))
         return self.scale * product
 
-    @override
     def diagonal(self) -> Tensor:
         return self.scale * outer([F.block_diagonals().reshape(-1, F.size) for F in self.materialise().factors]).reshape(-1)
 
-    @override
     def trace(self) -> Tensor:
         traces = [F.block_diagonals().sum(-1) for F in self.materialise().factors]
         total: Tensor = self.scale * torch.stack(traces).prod(0).sum()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor
-from typing_extensions import override
 
 from precond.operators.base import Operator
 from precond.operators.modes import mode_products
@@ -40,7 +39,6 @@ class KroneckerEigen(Operator):
                 raise ValueError(f"a basis of shape {tuple(U.shape)} does not fit the spectrum of shape {tuple(spectrum.shape)}.")
 
     @property
-    @override
     def n(self) -> int:
         return self.spectrum.numel()
 
@@ -48,13 +46,11 @@ class KroneckerEigen(Operator):
     def _like(self) -> Tensor:
         return self.spectrum
 
-    @override
     def fields(self) -> dict[str, Any]:
         # an identity basis has no tensor: the keys that are there say which modes have one
         return {"bases": {str(m): U for m, U in enumerate(self.bases) if U is not None}, "spectrum": self.spectrum}
 
     @classmethod
-    @override
     def from_fields(cls, fields: dict[str, Any]) -> Self:
         bases: Mapping[str, Tensor] = fields["bases"]
         return cls([bases.get(str(m)) for m in range(fields["spectrum"].dim() - 1)], fields["spectrum"])
@@ -67,20 +63,16 @@ class KroneckerEigen(Operator):
         X = mode_products(self.bases, V.reshape(*self.spectrum.shape, -1), transpose=True)
         return mode_products(self.bases, X * self.spectrum.unsqueeze(-1)).reshape(self.n, -1)
 
-    @override
     def diagonal(self) -> Tensor:
         squares = [None if U is None else U.square() for U in self.bases]
         return mode_products(squares, self.spectrum.unsqueeze(-1)).reshape(-1)
 
-    @override
     def trace(self) -> Tensor:
         return self.spectrum.sum()
 
-    @override
     def spectral(self) -> KroneckerEigen:
         return self
 
-    @override
     def logdet(self) -> Tensor:
         return self.spectrum.log().sum()
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from precond.errors import UsageError
 from precond.operators.base import Operator
@@ -32,7 +31,6 @@ class MatrixFree(Operator):
         self.product, self._n, self._empty = product, n, torch.empty(0, dtype=dtype, device=device)
 
     @property
-    @override
     def n(self) -> int:
         return self._n
 
@@ -40,11 +38,9 @@ class MatrixFree(Operator):
     def _like(self) -> Tensor:
         return self._empty
 
-    @override
     def fields(self) -> dict[str, Any]:
         return {"n": self._n}
 
-    @override
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Operator:
         if self._empty.to(device=device, dtype=dtype) is self._empty:
             return self

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from precond.operators.base import Operator, number
 from precond.operators.kronecker_eigen import KroneckerEigen
@@ -30,7 +29,6 @@ class Shifted(Operator):
         self.live = operator.live
 
     @property
-    @override
     def n(self) -> int:
         return self.operator.n
 
@@ -38,31 +36,25 @@ class Shifted(Operator):
     def _like(self) -> Tensor:
         return self.operator._like
 
-    @override
     def fields(self) -> dict[str, Any]:
         return {"operator": self.operator, "shift": self.shift}
 
     def _matmul(self, V: Tensor) -> Tensor:
         return self.operator._matmul(V) + self.shift * V
 
-    @override
     def to_dense(self) -> Tensor:
         return self.operator.to_dense() + self.shift * torch.eye(self.n, dtype=self.dtype, device=self.device)
 
-    @override
     def diagonal(self) -> Tensor:
         return self.operator.diagonal() + self.shift
 
-    @override
     def trace(self) -> Tensor:
         return self.operator.trace() + self.shift * self.n
 
-    @override
     def spectral(self) -> KroneckerEigen:
         return self.operator.spectral().map(lambda s: s + self.shift)
 
     @property
-    @override
     def noise(self) -> int:
         return self.operator.noise + self.n
 
@@ -94,7 +86,6 @@ class RootShifted(Operator):
         self.live = operator.live
 
     @property
-    @override
     def n(self) -> int:
         return self.operator.n
 
@@ -102,7 +93,6 @@ class RootShifted(Operator):
     def _like(self) -> Tensor:
         return self.operator._like
 
-    @override
     def fields(self) -> dict[str, Any]:
         return {"operator": self.operator, "shift": self.shift, "power": self.power}
 
@@ -110,18 +100,15 @@ class RootShifted(Operator):
     def _spectral(self) -> KroneckerEigen:
         return self.operator.spectral().map(lambda s: (s.clamp(min=0).pow(self.power) + self.shift).pow(1 / self.power))
 
-    @override
     def spectral(self) -> KroneckerEigen:
         return self._spectral
 
     def _matmul(self, V: Tensor) -> Tensor:
         return self._spectral._matmul(V)
 
-    @override
     def diagonal(self) -> Tensor:
         return self._spectral.diagonal()
 
-    @override
     def trace(self) -> Tensor:
         return self._spectral.trace()
 

@@ -74,6 +74,7 @@ REGISTRY: Registry[Representation] = Registry("representations", Representation)
 
 
 def refuse_kind(representation: Representation, observation: Observation) -> ObservationError:
+    """The error for a kind of observation that was not requested."""
     return ObservationError(f"the representation {representation.name!r} cannot be built from {type(observation).__name__}.")
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block, leading_size
-from precond.layers import OneHot, Rows, check_examples
+from precond.layers import OneHot, check_examples
 from precond.layers import Rule as LayerRule
 from precond.observe import Columns, Observation, Part
 from precond.operators import Diagonal, Kronecker, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, refuse_kind, zeros
-from precond.statistics import Stat
+from precond.statistics import Form, Stat
 
 
 @REGISTRY.register("kron_io")
@@ -59,7 +59,7 @@ class KronIO(Representation):
         return "unit" if all(layer.rule.elementwise for layer in block.layers.values()) else "diagonal"
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
-        input_form = "matrix" if _owner_rule(block).joint else "diagonal"
+        input_form: Form = "matrix" if _owner_rule(block).joint else "diagonal"
         return {"A": Stat("mean", degree=0.0, form=input_form), "B": Stat("mean", form="matrix")}
 
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:

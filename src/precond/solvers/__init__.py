@@ -14,4 +14,4 @@ get = REGISTRY.get
 register = REGISTRY.register
 create = REGISTRY.create
 
-__all__ = ["CG", "LU", "Cholesky", "Eigen", "Elementwise", "Solver", "State", "create", "get", "names", "register"]
+__all__ = ["CG", "LU", "REGISTRY", "Cholesky", "Eigen", "Elementwise", "Solver", "State", "create", "get", "names", "register"]

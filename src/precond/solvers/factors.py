@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from precond.damping import Damping, Factored, Tikhonov
 from precond.errors import SolverFailure
@@ -27,7 +26,6 @@ class FactorSolver(Solver):
 
     accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Dense, Kronecker})
 
-    @override
     def natural_damping(self, structure: type[Operator]) -> type[Damping]:
         return Factored if issubclass(structure, Kronecker) else Tikhonov
 

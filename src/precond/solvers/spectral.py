@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
-from typing_extensions import override
 
 from precond.damping import Damping
 from precond.errors import SolverFailure
@@ -37,7 +36,6 @@ class SpectralSolver(Solver):
         if self.spectrum not in get_args(Spectrum):
             raise ValueError(f"spectrum is one of {', '.join(get_args(Spectrum))}, not {self.spectrum!r}.")
 
-    @override
     def damped(self, operator: Operator, damping: Damping) -> Operator:
         if self.spectrum not in ("clamp", "abs"):
             return damping(operator, self.power)
