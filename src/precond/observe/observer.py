@@ -145,8 +145,9 @@ class Observer:
         )  # fmt: skip
         true_columns = self._wants_true_columns()
         for name, module in self.layers.items():
-            hook = Hook(self._after_layer, name, true_columns)
-            self._layer_handles.add(module.register_forward_hook(hook, with_kwargs=True))
+            if module is not model:  # the model as a layer of its own is seen when its forward pass ends
+                hook = Hook(self._after_layer, name, true_columns)
+                self._layer_handles.add(module.register_forward_hook(hook, with_kwargs=True))
 
     def _wants_true_columns(self) -> bool:
         return any(d.backward for d in self.demands) or (self.selfcheck is not None and self.selfcheck.pending)
@@ -177,6 +178,9 @@ class Observer:
         if busy():
             return
         self._layer_handles.remove()
+        for name, module in self.layers.items():
+            if module is model:
+                self._after_layer(name, self._wants_true_columns(), model, args, kwargs, output)
         forward, self._open = self._open, None
         if forward is None:
             return
