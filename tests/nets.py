@@ -133,10 +133,11 @@ def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
         model = build().double()
         with torch.no_grad():
             for module in model.modules():
-                if isinstance(module, nn.LayerNorm | nn.BatchNorm1d | nn.BatchNorm2d):
+                if isinstance(module, nn.LayerNorm | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                     module.weight.uniform_(0.5, 1.5)
-                    module.bias.normal_(0.0, 0.3)
-                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                    if module.bias is not None:
+                        module.bias.normal_(0.0, 0.3)
+                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                     module.running_mean.normal_(0.0, 0.3)
                     module.running_var.uniform_(0.5, 2.0)
                 if isinstance(module, nn.MultiheadAttention):

@@ -38,7 +38,7 @@ class BlockState:
         weights = [self.statistics.get(name + WEIGHT) for name, stat in self.spec.items() if stat.kind != "local"]
         if not weights:
             return all(name in self.statistics for name in self.spec)
-        return all(w is not None and bool(w > 0) for w in weights)
+        return all(w is not None and bool((w > 0).any()) for w in weights)
 
     def merge(self, new: dict[str, Any], valid: Tensor) -> None:
         self.statistics = self.history.merge(self.statistics, new, self.spec, valid)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from precond import damping, history, transforms
+from precond import damping, history, schedule, transforms
 from precond.errors import PrecondError, UnknownName
 from precond.matrices import REGISTRY as MATRICES
+from precond.plaindata import RecipeError, choose, fits, instance, line_of, named
 from precond.preconditioner import Preconditioner
 from precond.registry import Registry, closest
 from precond.representations import REGISTRY as REPRESENTATIONS
@@ -26,10 +27,6 @@ _AXES = ("matrix", "repr", "solver")
 _OPTIONS = ("damping", "history", "transforms", "curvature_interval", "solver_interval", "start_step")
 _SECTIONS = (*_TEXT, *_AXES, *_OPTIONS, "optimizer")
 _AXIS_OF: dict[str, Registry[Any]] = {"matrix": MATRICES, "repr": REPRESENTATIONS, "solver": SOLVERS}
-
-
-class RecipeError(PrecondError, ValueError):
-    """A recipe file that cannot be read; the message names the file, the key, and the nearest one there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +62,11 @@ class Recipe:
 
     def build(self, **overrides: Any) -> Preconditioner:
         """An unattached preconditioner; any argument of `Preconditioner` overrides the recipe's."""
-        arguments: dict[str, Any] = {axis: _member(_AXIS_OF[axis].get(str(spec["name"])), spec, self.name) for axis, spec in self.axes.items()}
-        for key, value in self.options.items():
-            arguments[key] = _option(key, value, self.name)
+        arguments: dict[str, Any] = {}
+        for axis, spec in self.axes.items():
+            choose(spec["name"], _AXIS_OF[axis].names(), f"of the {_AXIS_OF[axis].axis}", axis)
+            arguments[axis] = instance(_AXIS_OF[axis].get(spec["name"]), spec, axis)
+        arguments |= {key: _option(key, value) for key, value in self.options.items()}
         return Preconditioner(**{**arguments, **overrides})
 
     def optimizer(self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], **overrides: Any) -> torch.optim.Optimizer:
@@ -99,7 +98,10 @@ def load_recipe(name: str | Path) -> Recipe:
     if path.suffix == ".toml":
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {str(path)!r}.")
-        return _parse(path.stem, path.read_text(encoding="utf-8"), str(path))
+        try:
+            return _parse(path.stem, path.read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path} is not text in UTF-8, as TOML is: {error}.") from error
     if str(name) not in recipes():
         raise UnknownName(f"{str(name)!r} is not a recipe{closest(str(name), recipes())} A file of your own ends in .toml.")
     return _parse(str(name), files("precond._recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml")
@@ -119,75 +121,80 @@ def _parse(name: str, text: str, where: str) -> Recipe:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{where} is not TOML: {error}.") from error
+    try:
+        return _checked(name, data)
+    except RecipeError as error:
+        raise RecipeError(f"{where}{line_of(text, error.at)}: {error}") from error
+
+
+def _checked(name: str, data: dict[str, Any]) -> Recipe:
     for key in data:
         if key not in _SECTIONS:
-            raise RecipeError(f"{where}{_line(text, key)}: {key!r} is no key of a recipe{closest(key, _SECTIONS)}")
+            raise RecipeError(f"{key!r} is no key of a recipe{closest(key, _SECTIONS)}", key)
     for key in (*_TEXT, *_AXES):
         if key not in data:
-            raise RecipeError(f"{where}: the key {key!r} is missing.")
-    axes = {axis: _named(data[axis], where, axis) for axis in _AXES}
-    for axis, spec in axes.items():
-        if spec["name"] not in _AXIS_OF[axis].names():
-            line = _line(text, str(spec["name"]))
-            raise RecipeError(f"{where}{line}: {spec['name']!r} is not one of the {_AXIS_OF[axis].axis}{closest(str(spec['name']), _AXIS_OF[axis].names())}")
-    outer = _named(data.get("optimizer", {"name": "SGD", "lr": 0.1}), where, "optimizer")
-    made = getattr(torch.optim, str(outer["name"]), None)
-    if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
-        raise RecipeError(f"{where}{_line(text, str(outer['name']))}: torch.optim has no optimizer {outer['name']!r}.")
+            raise RecipeError(f"the key {key!r} is missing.")
+    for key in _TEXT:
+        if not isinstance(data[key], str):
+            raise RecipeError(f"{key!r} is text, in quotes, not {data[key]!r}.", key)
+    if data["scope"] not in ("L", "G"):
+        raise RecipeError(f"'scope' is 'L' (one mini-batch) or 'G' (several steps), not {data['scope']!r}.", "scope")
+    axes = {axis: named(data[axis], axis) for axis in _AXES}
     options = {key: data[key] for key in _OPTIONS if key in data}
-    result = Recipe(name=name, **{key: str(data[key]) for key in _TEXT}, axes=axes, options=options, outer=outer)
+    outer = named(data.get("optimizer", {"name": "SGD", "lr": 0.1}), "optimizer")
+    choose(outer["name"], _optimizers(), "of the optimizers of torch.optim", "optimizer")
+    result = Recipe(name=name, **{key: data[key] for key in _TEXT}, axes=axes, options=options, outer=outer)
+    instance(_optimizers()[outer["name"]], outer, "optimizer", [nn.Parameter(torch.zeros(1, 1))])
     try:
         result.build()
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from error
+    except RecipeError:
+        raise
+    except PrecondError as error:  # every argument is right, and the cell has no meaning
+        raise RecipeError(str(error)) from error
     return result
 
 
-def _named(spec: Any, where: str, key: str) -> dict[str, Any]:
-    """`key = "name"` or `[key]` with a name and options."""
-    made = {"name": spec} if isinstance(spec, str) else spec
-    if not isinstance(made, dict) or not isinstance(made.get("name"), str):
-        raise RecipeError(f"{where}: {key!r} is a name, or a table with a name and options.")
-    return made
-
-
-def _line(text: str, word: str) -> str:
-    """', line N' of the first line that starts with or quotes a word."""
-    for number, line in enumerate(text.splitlines(), start=1):
-        stripped = line.strip().lstrip("[").strip()
-        if stripped.startswith(word) or f'"{word}"' in line:
-            return f", line {number}"
-    return ""
-
-
-def _member(cls: type, spec: Mapping[str, Any], where: str) -> Any:
-    """An instance of a class from a table of options; a key it does not have gets the nearest one."""
-    options = {k: v for k, v in spec.items() if k != "name"}
-    known = {f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")}
-    for key in options:
-        if key not in known:
-            raise RecipeError(f"{key!r} is no option of {spec['name']!r}{closest(key, known) if known else '; it has none.'}")
-    try:
-        return cls(**options)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{spec['name']!r}: {error}") from error
-
-
-def _option(key: str, value: Any, where: str) -> Any:
-    """An argument of `Preconditioner` from plain data."""
+def _option(key: str, value: Any) -> Any:
+    """An argument of `Preconditioner` from plain data, checked."""
     if key == "transforms":
-        return [_object(transforms, spec, transforms.Transform, where) for spec in value]
-    if key == "history" and isinstance(value, dict):
-        return _object(history, value, history.History, where)
-    if key == "damping" and isinstance(value, dict):
-        return _object(damping, value, damping.Damping, where)
+        if not isinstance(value, list):
+            raise RecipeError(f"'transforms' is a list, one [[transforms]] table each, not {value!r}.", key)
+        return [_object(transforms, spec, transforms.Transform, key) for spec in value]
+    if key in _OBJECTS and isinstance(value, dict):
+        return _object(*_OBJECTS[key](value), key)
+    try:
+        _CHECKS[key](value)
+    except (TypeError, ValueError, PrecondError) as error:
+        raise RecipeError(f"{key!r}: {error}", key) from error
     return value
 
 
-def _object(module: Any, spec: Any, base: type, where: str) -> Any:
-    spec = _named(spec, where, base.__name__.lower())
-    known = {n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base) and not getattr(c, "__abstractmethods__", None)}
-    known.discard(base.__name__)
-    if spec["name"] not in known:
-        raise RecipeError(f"{spec['name']!r} is no {base.__name__.lower()}{closest(str(spec['name']), known)}")
-    return _member(getattr(module, str(spec["name"])), spec, where)
+def _count(value: Any) -> None:
+    if not fits(value, int) or value < 0:
+        raise ValueError(f"it is a number of steps, 0 or more, not {value!r}.")
+
+
+def _object(module: Any, spec: Any, base: type, key: str) -> Any:
+    spec = named(spec, key)
+    choose(spec["name"], _classes(module, base), f"of the classes for {key!r}", key)
+    return instance(_classes(module, base)[spec["name"]], spec, key)
+
+
+def _classes(module: Any, base: type) -> dict[str, type]:
+    """The concrete classes derived from `base` that a module has."""
+    found = {n: c for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base) and c is not base}
+    return {n: c for n, c in found.items() if not inspect.isabstract(c)}
+
+
+def _optimizers() -> dict[str, type]:
+    return _classes(torch.optim, torch.optim.Optimizer)
+
+
+_OBJECTS: dict[str, Callable[[Any], tuple[Any, Any, type]]] = {
+    "history": lambda value: (history, value, history.History),
+    "damping": lambda value: (damping, value, damping.Damping),
+}
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "damping": lambda value: damping.resolve(value, damping.Tikhonov), "history": history.resolve,
+    "curvature_interval": schedule.resolve, "solver_interval": schedule.resolve, "start_step": _count,
+}  # fmt: skip

@@ -58,7 +58,7 @@ class History(ABC):
             else:
                 flag = torch.ones((), dtype=torch.bool, device=x.device) if valid is None else valid.to(x.device)
                 # what an invalid observation holds may be NaN, which survives a multiplication by zero but not this
-                self._merge(result, name, torch.where(flag, x, torch.zeros_like(x)), stat, flag)
+                self._merge(result, name, torch.where(flag, x, 0.0), stat, flag)
         return result
 
     def read(self, statistics: Statistics, spec: Mapping[str, Stat]) -> Statistics:
@@ -92,8 +92,9 @@ class Accumulator(History):
         value, weight = result[name], result[name + WEIGHT]
         check_shape(name, value, x)
         keep, take = self._rates(result, name, x, valid)
-        result[name] = torch.where(valid, (keep * value + take * x).to(value.dtype), value)
-        result[name + WEIGHT] = torch.where(valid, keep * weight + take, weight)
+        keep = torch.where(valid, torch.as_tensor(keep, dtype=torch.float64, device=x.device), 1.0)
+        result[name] = value * keep.to(value.dtype) + x * (take.to(x.dtype) if isinstance(take, Tensor) else take)  # x is zero where it is not valid
+        result[name + WEIGHT] = keep * weight + valid * torch.as_tensor(take, dtype=torch.float64, device=x.device)
 
     def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
         return divide(statistics[name], statistics[name + WEIGHT])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from precond import history as histories
 from precond import likelihoods, numerics, schedule
-from precond.blocks import Partition
+from precond.blocks import Block, Partition
 from precond.blockstate import BlockState
 from precond.damping import Damping
 from precond.description import Description, describe
@@ -119,6 +119,14 @@ class Preconditioner:
         self._resolved = [(c, likelihoods.resolve(c)) for c in criteria]
         self._group, self._scaler = Group(model), scaler
         self._model = unwrap(model)
+        try:
+            self._bind(criteria, optimizer)
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def _bind(self, criteria: Sequence[Criterion], optimizer: torch.optim.Optimizer | None) -> None:
         self._make_plan()
         if not criteria and any(p.matrix.needs_criterion for p in self._blocks_plan()):
             raise UsageError(
@@ -128,7 +136,6 @@ class Preconditioner:
         self._hooks = OptimizerHooks(self, optimizer) if optimizer is not None else None
         if self._pending is not None:
             self.load_state_dict(self._pending)
-        return self
 
     def _blocks_plan(self) -> Iterable[Any]:
         assert self._plan is not None
@@ -143,12 +150,26 @@ class Preconditioner:
             _check_history(self.history, block_plan.repr)
             old = kept.get(block_plan.block.name)
             fresh = BlockState(block_plan, self.history)
-            if old is not None and old.plan.block.parameters == block_plan.block.parameters and old.plan.triple == block_plan.triple:
+            if old is not None and _coordinates(old.plan.block) == _coordinates(block_plan.block) and old.plan.triple == block_plan.triple:
                 fresh.statistics, fresh.state, fresh.failures = old.statistics, old.state, old.failures
             self._blocks.append(fresh)
         if self._observer is not None:
             self._observer.remove()
         self._plan, self._observer = plan, self._make_observer(plan)
+
+    def _renew(self) -> Observer | None:
+        """Plan again where a parameter was frozen, added or swapped; what was observed in this step stays, by matrix and kind."""
+        old, parts = self._plan, self._attached().parts
+        if old is None or not old.partition.outdated():
+            return None
+        self._make_plan()
+        assert self._plan is not None
+        numbers = {(d.matrix, d.kind): number for number, d in enumerate(self._plan.demands)}
+        for part in parts:
+            kept = {numbers.get((old.demands[n].matrix, old.demands[n].kind)): columns for n, columns in part.columns.items()}
+            part.columns = {n: columns for n, columns in kept.items() if n is not None}
+        self._attached().parts = parts
+        return self._attached()
 
     def _make_observer(self, plan: Plan) -> Observer:
         layers = plan.observed_layers()
@@ -160,7 +181,7 @@ class Preconditioner:
             check = SelfCheck(lambda seen: partition.layers[seen.name].total(seen), names)
         observer = Observer(
             self._model, layers, plan.demands, due=self._due, step=lambda: self._step, seed=self.seed, rank=self._group.rank,
-            rows=self.rows, selfcheck=check,
+            rows=self.rows, selfcheck=check, renew=self._renew,
         )  # fmt: skip
         if needed:
             observer.watch_model()
@@ -191,7 +212,8 @@ class Preconditioner:
         observer = self._attached()
         if not self._resolved:
             raise UsageError("observe() needs to know what the loss stands for: attach(model, criterion=...) with a likelihood or its name.")
-        if torch.is_grad_enabled() and loss.requires_grad and self._due():
+        needed = any(p.matrix.needs_criterion for p in self._blocks_plan())
+        if needed and torch.is_grad_enabled() and loss.requires_grad and self._due():
             if not observer.observe(loss, output, target, self._resolved[0][1]):
                 raise UsageError("observe() was given an output that no forward pass of the attached model made in this step.")
         return loss
@@ -212,13 +234,9 @@ class Preconditioner:
     @torch.no_grad()
     def rewrite(self, scale: Tensor | None) -> bool:
         """Observe, refresh, apply and write; False where no parameter has a gradient. `scale`: AMP's, for fused optimizers."""
-        observer = self._attached()
-        assert self._plan is not None
-        if self._plan.partition.outdated():
-            parts = observer.parts
-            self._make_plan()
-            self._attached().parts = parts
-        observer, plan = self._attached(), self._plan
+        observer = self._renew() or self._attached()
+        plan = self._plan
+        assert plan is not None
         params = {n: p for n, p in plan.partition.tensors.items() if p.grad is not None}
         if not params:
             return False
@@ -227,9 +245,10 @@ class Preconditioner:
             raise UsageError("step() was called twice for one backward pass: p.grad holds the preconditioned gradient already.")
         inverse = None if scale is None else 1.0 / scale
         gradients = {n: _wide(p.grad) if inverse is None else _wide(p.grad) * inverse for n, p in params.items() if p.grad is not None}
-        if self._due():
-            self._observe(observer, plan, gradients)
-        directions = self._directions(gradients)
+        with numerics.full_precision(next(iter(params.values())).device.type):  # a whole loop may be under autocast
+            if self._due():
+                self._observe(observer, plan, gradients)
+            directions = self._directions(gradients)
         self._write(params, directions, scale)
         self._written = [(id(p.grad), p.grad._version) for p in params.values() if p.grad is not None]
         return True
@@ -360,9 +379,11 @@ class Preconditioner:
         return {
             "version": 1, "step": self._step, "seed": self.seed, "counters": dict(self.diagnostics),
             "blocks": {
-                b.plan.block.name: {"statistics": dict(b.statistics), "state": b.state, "failures": b.failures} for b in self._blocks
+                b.plan.block.name: {
+                    "holds": _holds(b), "statistics": dict(b.statistics), "state": _copied(b.state, None), "failures": b.failures,
+                } for b in self._blocks
             },
-            "transforms": self._transform_states,
+            "transforms": _copied(self._transform_states, None),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -371,10 +392,16 @@ class Preconditioner:
             self._pending = dict(state)
             return
         self._pending = None
+        if not {"step", "seed", "counters", "blocks", "transforms"} <= set(state):
+            raise UsageError("this is no state of a preconditioner: give load_state_dict() what state_dict() returned.")
         names = {b.plan.block.name for b in self._blocks}
         if set(state["blocks"]) != names:
             odd = sorted(set(state["blocks"]) ^ names)
             raise UsageError(f"the saved state belongs to another model or triple: it and this preconditioner differ in the blocks {', '.join(odd)}.")
+        for b in self._blocks:
+            name, held = b.plan.block.name, state["blocks"][b.plan.block.name]["holds"]
+            if held != _holds(b):
+                raise UsageError(f"the saved state belongs to another model or triple: its block {name!r} is {held}, here it is {_holds(b)}.")
         if len(state["transforms"]) != len(self.transforms):
             raise UsageError(f"the saved state has {len(state['transforms'])} transforms, this preconditioner {len(self.transforms)}.")
         self._step, self.seed = int(state["step"]), int(state["seed"])
@@ -404,12 +431,25 @@ def _criteria(criterion: Criterion | Sequence[Criterion] | None) -> list[Criteri
     return list(criterion)
 
 
-def _copied(tree: Any, device: torch.device) -> Any:
+def _copied(tree: Any, device: torch.device | None) -> Any:
+    """New containers, with copies of the tensors on a device; without one, the same tensors, which are never changed in place."""
     if isinstance(tree, Tensor):
-        return tree.detach().to(device, copy=True)
+        return tree.detach() if device is None else tree.detach().to(device, copy=True)
     if isinstance(tree, Mapping):
         return {key: _copied(value, device) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_copied(value, device) for value in tree]
     return tree
+
+
+def _holds(block: BlockState) -> str:
+    """What a saved block must be to fit: its cell and its parameters."""
+    shapes = ", ".join(f"{p.name} {'x'.join(map(str, p.shape))}" for p in block.plan.block.parameters)
+    return f"{block.plan.triple} of {shapes}"
+
+
+def _coordinates(block: Block) -> tuple[Any, ...]:
+    return block.rows, [(p.name, p.shape) for p in block.parameters]
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -116,8 +116,10 @@ def _build(observer: Observer, plan: Plan, gradients: Tensors, likelihood: Likel
 
 def _refuse_batch_statistics(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise ObservationError(f"exact=True, but {name!r} normalises by the batch: the examples are not independent. Call model.eval() first.")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise ObservationError(
+                f"exact=True, but {name!r} normalises by the batch: the examples are not independent. Call model.eval() first, with running statistics."
+            )
 
 
 @contextlib.contextmanager

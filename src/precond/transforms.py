@@ -64,7 +64,7 @@ class KLClip(Transform):
     def after(self, gradients: Vectors, directions: Vectors, rates: Mapping[str, float], state: State, started: bool) -> Vectors:
         if not started or not directions:
             return directions
-        products = [rates[name] ** 2 * (d * gradients[name]).sum().to(torch.float32) for name, d in directions.items()]
+        products = [rates[name] ** 2 * (d * gradients[name]).sum().to(torch.float64) for name, d in directions.items()]
         total = torch.stack([torch.where(torch.isfinite(p), p, torch.zeros_like(p)) for p in products]).sum()
         factor = (self.bound / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
         return {name: d * factor.to(d.dtype) for name, d in directions.items()}
@@ -79,7 +79,7 @@ class NormClip(Transform):
     def after(self, gradients: Vectors, directions: Vectors, rates: Mapping[str, float], state: State, started: bool) -> Vectors:
         if not directions:
             return directions
-        norm = torch.stack([d.norm().to(torch.float32) for d in directions.values()]).nan_to_num(0.0, 0.0, 0.0).norm()
+        norm = torch.stack([d.norm().to(torch.float64) for d in directions.values()]).nan_to_num(0.0, 0.0, 0.0).norm()
         factor = (self.bound / norm.clamp(min=1e-30)).clamp(max=1.0)
         return {name: d * factor.to(d.dtype) for name, d in directions.items()}
 

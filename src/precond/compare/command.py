@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--steps", type=int, metavar="N", help="the budget in steps")
     add("--batch-size", type=int, default=64, metavar="N", help="(default: %(default)s)")
     add("--grid", type=int, default=5, metavar="N", help="learning rates tried for each contender; 1: none (default: %(default)s)")
-    add("--tuning-fraction", type=float, default=1 / 3, metavar="F", help="length of a tuning run over the budget (default: 1/3)")
+    add("--tuning-fraction", type=float, default=1.0, metavar="F", help="length of a tuning run over the budget (default: 1)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--target-loss", type=float, metavar="L", help="time to this training loss (default: the one SGD ends at)")
     target.add_argument("--target-accuracy", type=float, metavar="A", help="time to this test accuracy, in (0, 1)")

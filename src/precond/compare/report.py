@@ -122,7 +122,7 @@ def _method(results: Results) -> str:
         if tuning["points"] == 1
         else f"Learning rates were tuned alike: for every contender {tuning['points']} rates half a decade apart around its default "
         f"(one, where the rate was given), each tried on seed 0 for {tuning['fraction']:.0%} of the budget; the one with the lowest "
-        "training loss at the end of the short run was taken. Test data played no part. No other option was tuned."
+        "training loss at the end was taken. Test data played no part. No other option was tuned."
     )
     return "\n".join(
         [

@@ -31,7 +31,7 @@ class Plan:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def steps(self) -> int:
-        """Training steps of the whole comparison, short runs included."""
+        """Training steps of the whole comparison, tuning runs included."""
         return sum(self._steps(task, contender) for task in self.tasks for contender in self.contenders)
 
     def _steps(self, task: Task, contender: Contender) -> int:

@@ -1,4 +1,4 @@
-"""Every contender's learning rate, from grids of the same size and short runs of the same length."""
+"""Every contender's learning rate, from grids of the same size and runs of the same length."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class Tuning:
 
     Attributes:
         points: grid points, half a decade apart, centred on the rate the contender is known for; 1 means no tuning.
-        fraction: the length of a short run over that of a full one.
+        fraction: the length of a tuning run over that of a full one. The rate that is best early is often too large
+            for the whole budget, so that shorter runs are cheaper and choose worse.
     """
 
     points: int = 5
-    fraction: float = 1 / 3
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         if self.points < 1 or not 0 < self.fraction <= 1:
@@ -39,7 +40,7 @@ class Tuning:
         return [float(f"{contender.lr * 10 ** ((i - (points - 1) / 2) / 2):.3g}") for i in range(points)]
 
     def budget(self, full: Budget) -> Budget:
-        """The budget of one short run."""
+        """The budget of one tuning run."""
         return Budget(steps=max(1, round(self.fraction * full.steps)), batch_size=full.batch_size)
 
 
@@ -48,7 +49,7 @@ class Tuned:
     """The rate chosen for one contender on one task, and how its rivals did.
 
     Attributes:
-        scores: the training loss at the end of each short run, `None` where the run failed.
+        scores: the training loss at the end of each tuning run, `None` where the run failed.
         at_edge: the best rate is the smallest or largest tried, so a better one may lie outside.
     """
 
@@ -67,8 +68,8 @@ def tune(
     grid = tuning.grid(contender)
     if len(grid) == 1:
         return Tuned(task=task.name, contender=contender.label, grid=grid, scores=[None], lr=grid[0], at_edge=False)
-    short = tuning.budget(budget)
-    runs = [train(task, contender, lr=lr, seed=SEED, budget=short, device=device, on_step=on_step, evaluate=False) for lr in grid]
+    tried = tuning.budget(budget)
+    runs = [train(task, contender, lr=lr, seed=SEED, budget=tried, device=device, on_step=on_step, evaluate=False) for lr in grid]
     scores = [_final_loss(run) for run in runs]
     order = [math.inf if score is None else score for score in scores]
     best = int(np.argmin(order)) if min(order) < math.inf else len(grid) // 2

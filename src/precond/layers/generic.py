@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from precond.observe import LayerColumns, Tensors, own_pass, tensors_in
 
 def example_dim(module: nn.Module, name: str, tensor: Tensor, batch: int) -> int | None:
     """The dimension of an argument that enumerates examples; None: the same for all of them."""
-    if isinstance(module, nn.RNNBase) and name == "1":  # the initial state is (layers, batch, hidden), whatever batch_first
+    if isinstance(module, nn.RNNBase) and name.split(".")[0] in ("1", "hx"):  # the initial state is (layers, batch, hidden), whatever batch_first
         return 1
     if isinstance(module, nn.MultiheadAttention) and name in ("attn_mask", "5"):
         return None
@@ -24,6 +24,19 @@ def example_dim(module: nn.Module, name: str, tensor: Tensor, batch: int) -> int
     if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first and name != "key_padding_mask":
         dim = 1
     return dim if tensor.dim() > dim and tensor.shape[dim] == batch else None
+
+
+def _named(seen: LayerColumns) -> dict[str, Any]:
+    """The arguments by position or keyword; an LSTM's pair of initial states as two."""
+    named = {str(i): a for i, a in enumerate(seen.args)} | dict(seen.kwargs)
+    for key in ("1", "hx"):
+        if isinstance(seen.module, nn.LSTM) and isinstance(named.get(key), (tuple, list)):
+            named |= {f"{key}.{i}": state for i, state in enumerate(named.pop(key))}
+    return named
+
+
+def _argument(values: Mapping[str, Any], name: str) -> Any:
+    return values[name] if name in values else (values[f"{name}.0"], values[f"{name}.1"])
 
 
 def output_dims(module: nn.Module, grads: Sequence[Tensor | None], batch: int) -> list[int]:
@@ -52,8 +65,8 @@ class Generic(Rule):
             rate = getattr(inner, "p", 0.0) if isinstance(inner, nn.modules.dropout._DropoutNd) else getattr(inner, "dropout", 0.0)
             if module.training and isinstance(rate, float) and rate > 0:
                 return f"its dropout ({name or type(inner).__name__}, rate {rate}) would draw other masks when the module is run again by example"
-            if inner.training and isinstance(inner, nn.modules.batchnorm._BatchNorm):
-                return f"its {type(inner).__name__} {name!r} in training mode mixes the examples that are to be run one by one"
+            if isinstance(inner, nn.modules.batchnorm._BatchNorm) and (inner.training or inner.running_mean is None):
+                return f"its {type(inner).__name__} {name!r} normalises by the batch, which mixes the examples that are to be run one by one"
         return None
 
     def gradients(self, seen: LayerColumns, names: Sequence[str], examples: slice) -> Tensors:
@@ -61,12 +74,12 @@ class Generic(Rule):
         reason = self.refuse(module)
         if reason is not None:
             raise ObservationError(f"layer {seen.name!r} ({type(module).__name__}) has no gradient by example: {reason}.")
-        named = {str(i): a for i, a in enumerate(seen.args)} | dict(seen.kwargs)
+        named = _named(seen)
         dims = {n: example_dim(module, n, a, batch) for n, a in named.items() if isinstance(a, Tensor)}
         nested = [t for n, a in named.items() if n not in dims for t in tensors_in(a)]
         mapped = {n: named[n].movedim(d, 0)[examples] for n, d in dims.items() if d is not None}
         used = [i for i, g in enumerate(seen.grads) if g is not None]
-        if not mapped or (nested and not isinstance(module, nn.RNNBase)):
+        if not mapped or nested:
             raise ObservationError(
                 f"layer {seen.name!r} ({type(module).__name__}) takes no tensor with {batch} examples in front (or takes them inside a nest), so "
                 "its gradient cannot be split by example: leave it out with an override of None, or give it a rule of its own."
@@ -92,8 +105,8 @@ def _pullback(seen: LayerColumns, names: Sequence[str], dims: dict[str, int | No
     def pull(example: Tensors, column: list[Tensor]) -> Tensors:
         full = {n: example[n].unsqueeze(d) if n in example and d is not None else named[n] for n, d in dims.items()}
         values = {**named, **full}
-        args = tuple(values[str(i)] for i in range(len(seen.args)))
-        kwargs = {n: values[n] for n in seen.kwargs}
+        args = tuple(_argument(values, str(i)) for i in range(len(seen.args)))
+        kwargs = {n: _argument(values, n) for n in seen.kwargs}
 
         def run(free: Tensors) -> tuple[Tensor, ...]:
             outputs = list(tensors_in(torch.func.functional_call(module, {**held, **free}, args, kwargs)))

@@ -67,7 +67,7 @@ class Categorical(Likelihood):
     def sample(self, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         (dim,) = self.event(output)
         p = self._probabilities(output)
-        rows = p.movedim(dim, -1)
+        rows = p.movedim(dim, -1).nan_to_num(1.0)  # a row that is not finite still draws a label; its cotangent stays NaN and is dropped
         labels = torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator).view(rows.shape[:-1])
         return self._minus_one_hot(p, labels, self._mask(output, target))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precond.errors import ObservationError
+from precond.errors import ObservationError, UsageError
 from precond.likelihoods import Likelihood
 from precond.observe.observation import Tensors
 from precond.observe.observer import Observer
@@ -33,6 +33,8 @@ def differentiate_batch(
     part = observer.record(output, targets, likelihood, criterion)
     if part is None:
         raise ObservationError("the model's output depends on no trainable parameter, so it has no curvature.")
+    if part.forward.batch == 0:
+        raise UsageError("a batch of inputs holds no examples: curvature needs at least one.")
     scale = likelihood.scale(output.detach(), targets)
     part.weight = 1.0 / scale if likelihood.reduction == "mean" else torch.ones_like(scale)
     part.scale = scale

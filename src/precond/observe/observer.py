@@ -82,12 +82,17 @@ class Demand:
 
 
 class Observer:
-    """Watches one model. `due()` says whether the present step observes; `step()` is its number."""
+    """Watches one model. `due()` says whether the present step observes; `step()` is its number.
+
+    `renew()` gives the observer that takes this one's place where the model's parameters changed since it was made.
+    """
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, nn.Module], demands: Sequence[Demand], *, due: Callable[[], bool],
         step: Callable[[], int], seed: int, rank: int = 0, rows: Mapping[str, str] | None = None, selfcheck: SelfCheck | None = None,
+        renew: Callable[[], Observer | None] = lambda: None,
     ) -> None:  # fmt: skip
+        self.renew = renew
         self.model, self.layers, self.demands = model, dict(layers), list(demands)
         self.due, self.step, self.seed, self.rank = due, step, seed, rank
         self.rows, self.selfcheck = dict(rows or {}), selfcheck
@@ -136,6 +141,10 @@ class Observer:
         self._layer_handles.remove()
         self._open = None
         if self._idle():
+            return
+        renewed = self.renew()
+        if renewed is not None:  # its own hooks, hung during this call, are called from the end of this pass on
+            renewed._begin_forward(model, args, kwargs)
             return
         tensor = next(tensors_in((args, kwargs)), None)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -230,7 +239,7 @@ class Observer:
         if found is None:
             return None
         forward, nodes, number = found
-        if forward.without_grad:
+        if forward.without_grad or forward.outputs:  # products observe no layer
             refuse_reentrant_checkpoint(output)
         step, count = self._index
         count = count + 1 if step == self.step() else 0
@@ -243,10 +252,13 @@ class Observer:
     def _on_loss(self, part: CriterionCall, gradient: Tensor) -> None:
         if busy() or not self.due():
             return
+        if part.step != self.step():
+            return  # a loss of an earlier step is not of this one
+        if part.backward == self.clock.backward:  # a loss fires once a pass: the pass before raised, and never told us that it ended
+            self.parts = [p for p in self.parts if p.backward != self.clock.backward]
+            self.clock.backward = None
         if self.clock.backward is None:
             self._begin_backward()
-        if part.backward == self._passes or part.step != self.step():
-            return  # the same loss twice in one pass fires once, with the sum; a loss of an earlier step is not of this one
         part.backward = self._passes
         # What is kept until the step is a copy: the hook's own record must stay whole for another pass over a retained graph.
         kept = replace(part, columns={}, weight=gradient.detach().to(torch.float64).clone())

@@ -53,11 +53,13 @@ class SelfCheck:
         noise: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         unit = torch.ones((), dtype=torch.float64)
         for forward in {id(p.forward): p.forward for p in parts}.values():
-            for call in true_columns(forward, backward, layers, unit):
+            calls = [c for c in forward.calls if c.name in layers]
+            for recorded, call in zip(calls, true_columns(forward, backward, layers, unit), strict=True):
                 if any(g is not None for g in call.grads):
+                    raw = [g.dtype for slot in recorded.slots for _, g in slot]  # `true_columns` widens half precision
                     for name, gradient in self.rebuild(call).items():
                         rebuilt[name] = rebuilt[name].to(gradient) + gradient
-                        noise[name] = noise[name].to(gradient) + _rounding(call)
+                        noise[name] = noise[name].to(gradient) + _rounding(call, raw)
         for name, block in self.names.items():
             if name in self._seen:
                 _compare(name, block, self._seen[name], rebuilt[name], noise[name])
@@ -72,19 +74,19 @@ def _catcher(seen: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
     return catch
 
 
-def _coarsest(call: LayerColumns) -> float:
+def _coarsest(call: LayerColumns, raw: Sequence[torch.dtype]) -> float:
     """The rounding unit of the least precise tensor the layer computed with (autocast)."""
     tensors = [t for t in (*tensors_in((call.args, dict(call.kwargs))), *call.grads) if t is not None and t.is_floating_point()]
     under_autocast = torch.is_autocast_enabled(tensors[0].device.type)
-    dtypes = [t.dtype for t in tensors] + ([torch.get_autocast_dtype(tensors[0].device.type)] if under_autocast else [])
+    dtypes = [*raw, *(t.dtype for t in tensors)] + ([torch.get_autocast_dtype(tensors[0].device.type)] if under_autocast else [])
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _rounding(call: LayerColumns) -> Tensor:
+def _rounding(call: LayerColumns, raw: Sequence[torch.dtype]) -> Tensor:
     """A bound for the rounding error of the sum over examples: what cancels in it (a bias before BatchNorm) is only noise."""
     inputs = [t.abs().max() for t in tensors_in((call.args, dict(call.kwargs))) if t.is_floating_point() and t.numel()]
     size = torch.stack([g.abs().sum() for g in call.grads if g is not None]).sum()
-    eps = _coarsest(call)
+    eps = _coarsest(call, raw)
     return size * max(1.0, *(float(i) for i in inputs), 0.0) * (10 * eps if eps < 1e-3 else eps)
 
 

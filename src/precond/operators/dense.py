@@ -70,8 +70,9 @@ class Dense(Operator):
 
     def plus(self, shift: Tensor | float) -> Dense:
         """C + shift I; `shift` is a number or (*batch)."""
-        identity = torch.eye(self.size, dtype=self.dtype, device=self.device)
-        return Dense(self.matrix + torch.as_tensor(shift, dtype=self.dtype, device=self.device)[..., None, None] * identity)
+        shifted = self.matrix.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(torch.as_tensor(shift, dtype=self.dtype, device=self.device)[..., None])
+        return Dense(shifted)
 
     def spectral(self) -> KroneckerEigen:
         d, U = eigh(self.matrix.reshape(-1, self.size, self.size))

@@ -80,7 +80,8 @@ class Kronecker(Operator):
     def _matmul(self, V: Tensor) -> Tensor:
         tensors = [_stack(F) for F in self.materialise().factors]
         X = mode_products(tensors, V.reshape(self.batch.numel(), *self.sizes, -1))
-        return self.scale * X.reshape(self.n, -1)
+        product = X.reshape(self.n, -1)
+        return product if isinstance(self.scale, float) and self.scale == 1 else self.scale * product
 
     def to_dense(self) -> Tensor:
         # torch.kron refuses some strides, such as those that LAPACK leaves

@@ -25,7 +25,14 @@ def mode_products(factors: Sequence[Tensor | None], X: Tensor, *, transpose: boo
             continue
         before = shape[1:mode].numel()
         Y = X.reshape(shape[0], before, shape[mode], -1)  # every other mode is an index beside
-        X = Y * F[:, None, :, None] if F.dim() == 2 else torch.einsum(equation, F, Y)
+        if F.dim() == 2:
+            X = Y * F[:, None, :, None]
+        elif Y.shape[-1] == 1:  # the last mode of a single column: one product of matrices, without moving a dimension
+            X = torch.matmul(Y.squeeze(-1), F if transpose else F.mT)
+        elif before == 1:
+            X = torch.matmul(F.mT if transpose else F, Y.squeeze(1))
+        else:
+            X = torch.einsum(equation, F, Y)
     return X.reshape(shape)
 
 

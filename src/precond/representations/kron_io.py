@@ -65,17 +65,19 @@ class KronIO(Representation):
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
         if not isinstance(observation, Columns):
             raise refuse_kind(self, observation)
-        A: Tensor | None = None
-        B: Tensor | None = None
+        sums: list[Tensor] | None = None
         for part in observation.parts:
-            pair = self._pair(part, block)
-            if pair is not None:
-                a, b = pair[0] * part.share.to(pair[0].dtype), pair[1] * (part.share * part.scale).to(pair[1].dtype)
-                A, B = (a, b) if A is None or B is None else (A + a, B + b)
-        return _absent(block) if A is None or B is None else {"A": A, "B": B}
+            found = self._sums(part, block)
+            if found is not None:  # every row has the weight of one term, so that any split of a batch has the same mean
+                weighted = [x * (part.share * part.scale).to(x.dtype) for x in found]
+                sums = weighted if sums is None else [x + y for x, y in zip(sums, weighted, strict=True)]
+        if sums is None:
+            return _absent(block)
+        A, count, B = sums
+        return {"A": A / torch.where(count == 0, 1.0, count), "B": B}
 
-    def _pair(self, part: Part, block: Block) -> tuple[Tensor, Tensor] | None:
-        """(mean of a a^T, sum of g g^T) over the calls of one part."""
+    def _sums(self, part: Part, block: Block) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(sum of a a^T, the number of its rows, sum of g g^T) over the calls of one part."""
         rows, ones = [], []
         bias = block.names[-1] if block.homogeneous else None
         for layer, seen in block.calls(part):
@@ -86,15 +88,16 @@ class KronIO(Representation):
         if not rows:
             return None
         if isinstance(rows[0].a, OneHot):
-            return _counts([r.a for r in rows if isinstance(r.a, OneHot)], rows[0].g.dtype), _second_moment([_flat_grad(r.g) for r in rows])
+            counts = _counts([r.a for r in rows if isinstance(r.a, OneHot)], rows[0].g.dtype)
+            return counts, counts.sum(), _second_moment([_flat_grad(r.g) for r in rows])
         inputs = [_append(r.a, one) if bias else r.a for r, one in zip(rows, ones, strict=True) if isinstance(r.a, Tensor)]
         if self.sharing == "reduce":
             positions = sum(a.shape[2] for a in inputs)
             reduced = torch.stack([a.sum(2) for a in inputs]).sum(0) / positions
             grads = torch.stack([r.g.sum(3) for r in rows]).sum(0)
-            return _second_moment([reduced]) / reduced.shape[1], _second_moment([_flat_grad(grads.unsqueeze(3))])
+            return _second_moment([reduced]), _count([reduced]), _second_moment([_flat_grad(grads.unsqueeze(3))])
         flat = [a.flatten(1, 2) for a in inputs]
-        return _second_moment(flat) / sum(a.shape[1] for a in flat), _second_moment([_flat_grad(r.g) for r in rows])
+        return _second_moment(flat), _count(flat), _second_moment([_flat_grad(r.g) for r in rows])
 
     def operator(self, statistics: Statistics, block: Block) -> Operator:
         A, B = statistics["A"], statistics["B"]
@@ -127,11 +130,16 @@ def _second_moment(rows: list[Tensor]) -> Tensor:
 
 
 def _counts(hot: list[OneHot], dtype: torch.dtype) -> Tensor:
-    """Relative frequency of each index among the rows that count."""
+    """How often each index occurs among the rows that count."""
     total = torch.zeros(hot[0].size, dtype=dtype, device=hot[0].index.device)
     for h in hot:
         total.index_add_(0, h.index.reshape(-1), h.mask.reshape(-1).to(dtype))
-    return total / total.sum().clamp(min=1.0)
+    return total
+
+
+def _count(rows: list[Tensor]) -> Tensor:
+    """The number of rows in (G, n, d), a 0-dim tensor."""
+    return rows[0].new_full((), sum(x.shape[1] for x in rows))
 
 
 def _absent(block: Block) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ def unshared_rows(observation: Columns, block: Block) -> list[tuple[Tensor, Tens
         if len(calls) != 1 or not calls[0][0].rule.linear:
             return None
         layer, seen = calls[0]
+        if layer.parameters.get("weight") not in block.names:  # a bias alone, beside a frozen weight
+            return None
         rows = layer.rule.rows(seen)
         if not isinstance(rows.a, Tensor) or rows.a.shape[0] > 1 or rows.a.shape[2] > 1:
             return None

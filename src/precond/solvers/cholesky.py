@@ -38,5 +38,8 @@ class Cholesky(FactorSolver):
         self._check(pivots, A.diagonal(dim1=-2, dim2=-1), A.shape)
         return {"factor": L}
 
+    def _invert(self, state: State) -> Tensor:
+        return torch.cholesky_inverse(state["factor"])
+
     def _solve(self, state: State, V: Tensor) -> Tensor:
         return torch.cholesky_solve(V, state["factor"])

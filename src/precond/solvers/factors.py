@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond.damping import Damping, Factored, Tikhonov
 from precond.errors import SolverFailure
-from precond.numerics import ROUNDING, symmetrise
+from precond.numerics import ROUNDING
 from precond.operators import Dense, Diagonal, Kronecker, Operator, Shifted, pack, unpack
 from precond.operators.base import number
 from precond.solvers.base import Solver, State
@@ -20,8 +20,7 @@ class FactorSolver(Solver):
     """A solver that factorises matrices: a dense one is kept factorised, a Kronecker one as the explicit inverses of its factors.
 
     A member writes three functions of stacks of matrices. Explicit inverses make an application one product a factor, which is what a
-    Kronecker operator
-    is for, and their error is that of small, separately damped matrices.
+    Kronecker operator is for, and their error is that of small, separately damped matrices.
     """
 
     accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Dense, Kronecker})
@@ -34,6 +33,10 @@ class FactorSolver(Solver):
         """The factorisation of symmetric matrices (..., n, n); raises `SolverFailure`."""
 
     @abstractmethod
+    def _invert(self, state: State) -> Tensor:
+        """A^-1, symmetric."""
+
+    @abstractmethod
     def _solve(self, state: State, V: Tensor) -> Tensor:
         """A^-1 V for V (..., n, k)."""
 
@@ -42,20 +45,19 @@ class FactorSolver(Solver):
         if isinstance(damped, Shifted) and isinstance(damped.operator, Dense):
             damped = damped.operator.plus(damped.shift)
         if isinstance(damped, Dense):
-            return self._factorise(symmetrise(damped.matrix)) | {"size": damped.size}
+            return self._factorise(damped.matrix) | {"size": damped.size}
         if isinstance(damped, Kronecker):
             damped = damped.materialise()
             inverses = [self._inverse(F) for F in damped.factors]
-            scale = 1 / number(damped.scale, damped)
-            if not bool(scale.isfinite()):
+            scale = 1 / damped.scale if isinstance(damped.scale, float) and damped.scale else 1 / number(damped.scale, damped)
+            if isinstance(scale, Tensor) and not bool(scale.isfinite()):
                 raise SolverFailure(f"the {self.name} solver was given a Kronecker operator of scale 0, which is singular.")
             return {"inverse": pack(Kronecker(*inverses, scale=scale))}
         self.refuse(damped, "its damping is not factor-wise; use Factored damping, or the 'eigen' solver, which adds it exactly")
 
     def _inverse(self, F: Dense | Diagonal) -> Dense | Diagonal:
         if isinstance(F, Dense):
-            identity = torch.eye(F.size, dtype=F.dtype, device=F.device)
-            return Dense(symmetrise(self._solve(self._factorise(symmetrise(F.matrix)), identity.expand_as(F.matrix))))
+            return Dense(self._invert(self._factorise(F.matrix)))
         reciprocal = F.values.reciprocal()
         if not bool(reciprocal.isfinite().all()) or (self.needs_definite and bool((reciprocal < 0).any())):
             self._fail("a diagonal factor", F.values.shape)

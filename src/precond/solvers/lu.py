@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from precond.numerics import symmetrise
 from precond.solvers.base import REGISTRY, State
 from precond.solvers.factors import FactorSolver
 
@@ -30,9 +31,14 @@ class LU(FactorSolver):
     """
 
     def _factorise(self, A: Tensor) -> State:
+        A = symmetrise(A)
         factor, pivots, _ = torch.linalg.lu_factor_ex(A)
         self._check(factor.diagonal(dim1=-2, dim2=-1).abs(), A.abs().amax((-2, -1))[..., None], A.shape)
         return {"factor": factor, "pivots": pivots}
+
+    def _invert(self, state: State) -> Tensor:
+        factor: Tensor = state["factor"]
+        return symmetrise(self._solve(state, torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)))
 
     def _solve(self, state: State, V: Tensor) -> Tensor:
         solution: Tensor = torch.linalg.lu_solve(state["factor"], state["pivots"], V)

@@ -1,0 +1,212 @@
+"""What `precond.curvature` must be for each cell matrix x representation, from the dense oracle alone.
+
+Claims:
+
+* `MATRICES` and `REPRESENTATIONS` have one entry for each member that has an oracle; a member without one has no expected value, and the
+  tests that walk the registries fail on it;
+* `whole` is the (P, P) matrix of a case; `sampled` cotangents, where there are any, come from outside;
+* `columns` are the rows u_ik of a matrix made of columns, those of one example each, with the factor that multiplies sum u u^T. With
+  BatchNorm in training mode they are those of ONE backward pass over the batch (rule 8), written here with hooks and plain autograd:
+  row i is (g_i a_i^T, g_i) at a Linear and (g_i xhat_i, g_i) at a BatchNorm, where g_i holds cross-example terms;
+* the blocks of `kron_io` that are no Kronecker product are what the design says: norms by unit; recurrent and attention modules, and a
+  weight tied between layers of different kinds, by element.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import dense
+import dense_kron
+from nets import CASES, Case, labels, seeded
+
+
+def _embedder() -> nn.Module:
+    return nn.Sequential(nn.Embedding(6, 3, padding_idx=0), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+
+
+EMBEDDER = Case("embedder", lambda: seeded(_embedder), nn.CrossEntropyLoss(), labels(6, 4, 4, seed=6), labels(3, 4))
+
+
+def _frozen() -> nn.Module:
+    """A bias beside a frozen weight, a weight beside a frozen bias, and a frozen norm."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.LayerNorm(5), nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    for parameter in (model[0].weight, *model[2].parameters(), model[3].bias, model[4].bias):
+        parameter.requires_grad_(False)
+    return model
+
+
+FROZEN = Case("frozen", lambda: seeded(_frozen), nn.CrossEntropyLoss(), CASES["mlp"].inputs, CASES["mlp"].targets)
+ALL = {**CASES, EMBEDDER.name: EMBEDDER, FROZEN.name: FROZEN}
+
+MATRICES: dict[str, Callable[..., Tensor]] = {
+    "hessian": dense.hessian,
+    "ggn": dense.ggn,
+    "fisher": dense.fisher,
+    "fisher_mc": dense.fisher_mc,
+    "empirical_fisher": dense.empirical_fisher,
+    "batched_empirical_fisher": dense.batched_empirical_fisher,
+}
+NO_COLUMNS = ("hessian", "batched_empirical_fisher")
+
+
+def _data(case: Case) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    return case.make(), case.criterion, case.inputs, case.targets
+
+
+@functools.cache
+def _fixed(name: str, matrix: str) -> Tensor:
+    return MATRICES[matrix](*_data(ALL[name]))
+
+
+def whole(case: Case, matrix: str, sampled: Tensor | None = None) -> Tensor:
+    """The (P, P) matrix."""
+    return _fixed(case.name, matrix) if sampled is None else MATRICES[matrix](*_data(case), sampled)
+
+
+def cotangents(case: Case, matrix: str, sampled: Tensor | None = None) -> Tensor:
+    """(K, *output.shape): what a matrix made of columns sends back."""
+    if sampled is not None:
+        return sampled
+    output = dense.predict(case.make(), case.inputs)
+    if matrix == "empirical_fisher":
+        output.requires_grad_()
+        return torch.autograd.grad(dense.term_losses(case.criterion, output, case.targets).sum(), output)[0].unsqueeze(0)
+    return dense.exact_cotangents(case.criterion, output, case.targets, dense.batch_size(case.inputs))
+
+
+def mixes(model: nn.Module) -> bool:
+    """Whether a BatchNorm normalises by the batch, so that examples mix."""
+    return any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
+
+
+def one_pass(model: nn.Module, inputs: Tensor, sent: Tensor) -> Tensor:
+    """(K, N, P): rows of one backward pass over the batch, for networks of Linear and BatchNorm1d on (N, features)."""
+    seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen.append((name, module, args[0].detach().clone(), output))
+            return output.clone()  # an in-place activation must not take the output's place
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name, _ in dense.layer_groups(model)]
+    with dense.forward(model, inputs) as output:
+        columns = [torch.autograd.grad(output, [each for *_, each in seen], column, retain_graph=True) for column in sent]
+    for handle in handles:
+        handle.remove()
+    rows = []
+    for grads in columns:
+        parts = []
+        for (_, module, x, _), g in zip(seen, grads, strict=True):
+            if isinstance(module, _BatchNorm):
+                parts += [g * (x - x.mean(0)) / (x.var(0, unbiased=False) + module.eps).sqrt(), g]
+            else:
+                parts += [torch.stack([torch.outer(gi, ai).flatten() for gi, ai in zip(g, x, strict=True)]), g]
+        rows.append(torch.cat(parts, 1))
+    return torch.stack(rows)
+
+
+def columns(case: Case, matrix: str, sampled: Tensor | None = None) -> tuple[Tensor, float]:
+    """(rows (n, P), factor): the matrix that a representation of columns holds is factor * sum over rows of u u^T."""
+    model, criterion, inputs, targets = _data(case)
+    if matrix == "batched_empirical_fisher":
+        return dense.gradient(model, criterion, inputs, targets).unsqueeze(0), 1.0
+    sent = cotangents(case, matrix, sampled)
+    rows = one_pass(model, inputs, sent) if mixes(model) else dense.column_gradients(model, criterion, inputs, sent)
+    return rows.flatten(0, 1), dense.scale(criterion, dense.predict(model, inputs), targets)
+
+
+def held(case: Case, matrix: str, sampled: Tensor | None = None) -> Tensor:
+    """The (P, P) matrix whose blocks are held: `whole`, but where examples mix that of the columns of one pass."""
+    if matrix in NO_COLUMNS or not mixes(case.make()):
+        return whole(case, matrix, sampled)
+    rows, factor = columns(case, matrix, sampled)
+    return factor * rows.T @ rows
+
+
+def _diagonal(case: Case, matrix: str, sampled: Tensor | None) -> Tensor:
+    return dense.project_diagonal(held(case, matrix, sampled))
+
+
+def _tied(model: nn.Module, names: list[str]) -> bool:
+    uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    named = dict(model.named_parameters())
+    return any(uses.count(id(named[name])) > 1 for name in names)
+
+
+def fallback(model: nn.Module, layer: str, names: list[str]) -> str | None:
+    """What a layer takes in place of `kron_io`, or None."""
+    module = model.get_submodule(layer)
+    if isinstance(module, nn.LayerNorm | _BatchNorm):
+        return "unit"
+    if "weight" not in [name.rpartition(".")[2] for name in names]:
+        return "diagonal"
+    return "diagonal" if _tied(model, names) or isinstance(module, nn.RNNBase | nn.MultiheadAttention) else None
+
+
+def embedding_pair(case: Case, layer: str, sent: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) of an Embedding: A the relative counts of the tokens that are no padding, B the sum of g g^T over their rows."""
+    model = case.make()
+    module = model.get_submodule(layer)
+    seen: list[Tensor] = []
+    module.register_forward_hook(lambda _, args, output: seen.extend((args[0], output)))
+    with dense.forward(model, case.inputs) as output:
+        grads = torch.stack([torch.autograd.grad(output, seen[1], column, retain_graph=True)[0] for column in sent])
+    kept = seen[0] != module.padding_idx
+    count = torch.tensor([float((seen[0][kept] == token).sum()) for token in range(module.num_embeddings)], dtype=torch.float64)
+    rows = grads[:, kept].flatten(0, 1)
+    scale = dense.scale(case.criterion, dense.predict(model, case.inputs), case.targets)
+    return (count / kept.sum()).diag(), scale * rows.T @ rows
+
+
+def _where(places: dict[str, slice], names: list[str]) -> Tensor:
+    return torch.cat([torch.arange(places[name].start, places[name].stop) for name in names])
+
+
+def kron_io(case: Case, matrix: str, sampled: Tensor | None = None, sharing: str = "expand") -> Tensor:
+    """K-FAC: B (x) A a layer, A (x) B for an Embedding, one product a group, the fallbacks elsewhere."""
+    model, criterion, inputs, targets = _data(case)
+    M, sent = held(case, matrix, sampled), cotangents(case, matrix, sampled)
+    found = {"unit": dense.project_unit(M, model), "diagonal": dense.project_diagonal(M)}
+    places, result = dense.positions(model), torch.zeros_like(M)
+    for layer, names in dense.layer_groups(model):
+        instead = fallback(model, layer, names)
+        if isinstance(model.get_submodule(layer), nn.Embedding) and sharing == "reduce":
+            instead = "diagonal"
+        if instead is not None:
+            where = _where(places, names)
+            block = found[instead][where][:, where]
+        elif isinstance(model.get_submodule(layer), nn.Embedding):
+            where, block = _where(places, names), torch.kron(*embedding_pair(case, layer, sent))
+        else:
+            rule = dense_kron.kron_reduce if sharing == "reduce" else dense_kron.kron_expand
+            pairs = rule(model, criterion, inputs, targets, sent, layer)
+            where = dense.joint_indices(model, layer)
+            block = torch.block_diag(
+                *(torch.kron(B.contiguous(), A.contiguous()) for B, A in (pairs if isinstance(pairs, list) else [pairs]))
+            )
+        result[where.unsqueeze(1), where] = block
+    return result
+
+
+def kron_dim_factors(case: Case, matrix: str, sampled: Tensor | None = None) -> dict[str, list[Tensor]]:
+    """{parameter: its factors}."""
+    rows, factor = columns(case, matrix, sampled)
+    return {name: dense_kron.kron_dim(part, factor) for name, part in dense.split(rows, case.make()).items()}
+
+
+REPRESENTATIONS: dict[str, Callable[[Case, str, Tensor | None], Tensor]] = {
+    "full": held,
+    "matrix_free": whole,  # products pass through the whole batch at once, and are exact where examples mix
+    "layer": lambda case, matrix, sampled: dense.project_layer(held(case, matrix, sampled), case.make()),
+    "unit": lambda case, matrix, sampled: dense.project_unit(held(case, matrix, sampled), case.make()),
+    "diagonal": _diagonal,
+    "kron_io": kron_io,
+}

@@ -1,0 +1,18 @@
+"""AdaGrad (Duchi, Hazan & Singer 2011) is `torch.optim.Adagrad`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from references import stock
+from references.common import Batch, Network
+
+NETS = ("mlp", "conv")
+VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {"default": ({}, {})}
+STEPS = 20
+TOLERANCE = 1e-12
+
+
+def train(network: Network, batches: list[Batch], labels: list[Tensor]) -> Tensor:
+    return stock.run(network, batches, lambda params: torch.optim.Adagrad(params, lr=0.01, eps=1e-10))

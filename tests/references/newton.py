@@ -1,0 +1,27 @@
+"""Newton's method: d = (H + damping I)^-1 g, lr 1, by a dense solve.
+
+The published damping of 1e-8 leaves H as it is, so it is run where H is regular (least squares): its first step lands on the minimum
+of the batch. The networks, whose H is indefinite and singular, are run with more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import dense
+from references.common import Batch, Network, descend
+
+NETS = ("linear", "mlp", "conv")
+VARIANTS = {"default": ({}, {}), "damping": ({"damping": 3.0}, {"damping": 3.0})}
+ONLY = {"default": ("linear",)}
+STEPS = 5
+TOLERANCE = 1e-10
+
+
+def train(network: Network, batches: list[Batch], labels: list[Tensor], *, damping: float = 1e-8) -> Tensor:
+    def direction(model: torch.nn.Module, step: int, batch: Batch, gradient: Tensor) -> Tensor:
+        H = dense.hessian(model, network.criterion, *batch)
+        return torch.linalg.solve(H + damping * torch.eye(len(gradient), dtype=gradient.dtype), gradient)
+
+    return descend(network, batches, direction, lr=1.0)

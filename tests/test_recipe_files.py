@@ -1,0 +1,237 @@
+"""What recipe files claim.
+
+* A user's own TOML file, given by its path, is a recipe like any other; nothing but the file makes it one.
+* What is wrong in a file is told by one sentence with the file, the line, and the nearest key or name: syntax, keys, members, options,
+  types, values, missing keys, optimizers that do not exist, cells without meaning.
+* A file is data: a value that looks like code is refused as a value, and nothing that it names is imported, called or reached.
+* The loader holds no method's name: a method is its file. The packaged recipes are the files of `recipes/`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import precond
+from precond.catalog import RecipeError
+
+ROOT = Path(__file__).resolve().parents[1]
+LINES = """\
+title = "Mine"
+formula = "d = (B + l I)^-1 G (A + l I)^-1"
+summary = "A test."
+citation = "Nobody"
+cost = "none"
+scope = "G"
+damping = 1e-3
+solver_interval = 5
+
+[matrix]
+name = "fisher_mc"
+samples = 2
+
+[repr]
+name = "kron_io"
+sharing = "reduce"
+
+[solver]
+name = "cholesky"
+
+[history]
+name = "Ema"
+beta = 0.5
+
+[[transforms]]
+name = "KLClip"
+bound = 0.25
+
+[[transforms]]
+name = "NormClip"
+bound = 2
+
+[optimizer]
+name = "RMSprop"
+lr = 0.5
+""".splitlines()
+
+
+def write(folder: Path, line: int = 0, text: str = "") -> Path:
+    """The file above with one line (counted from 1) in another wording."""
+    lines = [text if number == line else old for number, old in enumerate(LINES, start=1)]
+    path = folder / "mine.toml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def complaint(path: Path) -> str:
+    """The sentence that refuses a file."""
+    with pytest.raises(RecipeError) as caught:
+        precond.load_recipe(path)
+    text = str(caught.value)
+    assert text.startswith(str(path))
+    assert "\n" not in text
+    assert text.endswith((".", ")"))
+    return text
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    recipe = precond.load_recipe(path)
+    assert (recipe.name, recipe.title, recipe.matrix, recipe.repr, recipe.solver) == ("mine", "Mine", "fisher_mc", "kron_io", "cholesky")
+    model = nn.Linear(2, 2)
+    optimizer = recipe.optimizer(model.parameters())
+    assert isinstance(optimizer, torch.optim.RMSprop)
+    built = precond.recipe(str(path), solver="eigen")
+    assert built.triple.matrix == precond.matrices.FisherMC(samples=2)
+    assert built.triple.repr == precond.representations.KronIO(sharing="reduce")
+    assert built.triple.solver.name == "eigen"
+    assert built.history == precond.history.Ema(0.5)
+    assert built.transforms == (precond.transforms.KLClip(0.25), precond.transforms.NormClip(2))
+    criterion = nn.CrossEntropyLoss()
+    built.attach(model, criterion, optimizer)
+    criterion(model(torch.randn(4, 2)), torch.tensor([0, 1, 1, 0])).backward()
+    optimizer.step()
+    assert built.diagnostics["refreshes"] == 1
+    assert "mine" not in precond.recipes()
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "near"),
+    [
+        (7, "dampng = 1e-3", "did you mean 'damping'?"),
+        (8, "solver_intervall = 5", "did you mean 'solver_interval'?"),
+        (11, 'name = "fisher_mcc"', "did you mean 'fisher_mc'?"),
+        (15, 'name = "kron_oi"', "did you mean 'kron_io'?"),
+        (19, 'name = "choleski"', "did you mean 'cholesky'?"),
+        (12, "sample = 2", "did you mean 'samples'?"),
+        (16, 'shared = "reduce"', "did you mean 'sharing'?"),
+        (22, 'name = "EMA"', "There are: Ema,"),
+        (23, "betta = 0.5", "did you mean 'beta'?"),
+        (26, 'name = "KLClp"', "did you mean 'KLClip'?"),
+        (27, "bounds = 0.25", "did you mean 'bound'?"),
+        (34, 'name = "RMSprp"', "did you mean 'RMSprop'?"),
+        (34, 'name = "NoSuchOptimizer"', "There are: ASGD, "),
+        (35, "learning_rate = 0.5", "There are: alpha, "),
+        (33, "[optimiser]", "did you mean 'optimizer'?"),
+    ],
+)
+def test_a_name_that_does_not_exist(tmp_path: Path, line: int, text: str, near: str) -> None:
+    said = complaint(write(tmp_path, line, text))
+    assert f", line {line}: " in said
+    assert near in said
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "says"),
+    [
+        (1, "title = 5", "text, in quotes"),
+        (6, 'scope = "X"', "'L' (one mini-batch) or 'G'"),
+        (7, 'damping = "1e-3"', "a number"),
+        (7, "damping = -1.0", "at least 0"),
+        (7, "damping = nan", "finite"),
+        (7, "damping = [1e-3]", "a number"),
+        (7, "damping = true", "a number"),
+        (7, 'damping = {name = "Outside"}', "needs the option 'value'"),
+        (8, 'solver_interval = "5"', "a number of steps"),
+        (8, "solver_interval = 0", "at least 1 step"),
+        (8, "solver_interval = 2.5", "a number of steps"),
+        (8, "start_step = -1", "0 or more"),
+        (8, "transforms = 3", "[[transforms]]"),
+        (11, "name = 3", "a table with a name"),
+        (12, 'samples = "two"', "a whole number"),
+        (12, "samples = 1.5", "a whole number"),
+        (12, "samples = true", "a whole number"),
+        (12, "samples = 0", "at least one label"),
+        (16, 'sharing = "both"', "one of 'expand', 'reduce'"),
+        (23, "beta = 2.0", "[0, 1)"),
+        (23, 'beta = "half"', "a number"),
+        (23, "", "needs the option 'beta'"),
+        (35, 'lr = "fast"', "a number"),
+        (35, "lr = -0.5", "Invalid learning rate"),
+        (19, 'name = "elementwise"', "The nearest valid choice is"),
+    ],
+)
+def test_a_value_of_the_wrong_kind(tmp_path: Path, line: int, text: str, says: str) -> None:
+    if text.startswith("transforms"):  # instead of the tables below, not besides them
+        path = tmp_path / "mine.toml"
+        path.write_text("\n".join(text if n == line else old for n, old in enumerate(LINES, start=1) if not 25 <= n <= 31))
+    else:
+        path = write(tmp_path, line, text)
+    said = complaint(path)
+    assert says in said
+    if "nearest valid" not in says:
+        told = re.search(r", line (\d+): ", said)
+        assert told is not None
+        assert 0 <= line - int(told[1]) <= 2, "the line itself, or the head of its section"
+
+
+@pytest.mark.parametrize(("line", "text"), [(10, "[matrix"), (7, "damping = "), (19, "name = cholesky"), (14, "[matrix]"), (3, "\x00")])
+def test_what_is_not_toml(tmp_path: Path, line: int, text: str) -> None:
+    said = complaint(write(tmp_path, line, text))
+    assert "is not TOML" in said
+    assert f"line {line}" in said or f"line {line + 1}" in said
+
+
+@pytest.mark.parametrize("key", ["title", "citation", "matrix", "repr", "solver"])
+def test_a_missing_key(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path)
+    path.write_text(re.sub(rf"(?m)^(\[{key}\]\n(.+\n)*|{key} = .*\n)", "", path.read_text()))
+    assert f"the key '{key}' is missing" in complaint(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (34, "name = \"__import__('os').system('echo hacked > /tmp/precond_hacked')\""),
+        (34, 'name = "lr_scheduler"'),
+        (34, 'name = "Optimizer"'),
+        (34, 'name = "__class__"'),
+        (22, 'name = "__builtins__"'),
+        (22, 'name = "torch"'),
+        (26, 'name = "os.system"'),
+        (26, 'name = "Transform"'),
+        (11, 'name = "builtins.eval"'),
+        (8, 'solver_interval = "lambda step: True"'),
+        (7, 'damping = {name = "torch.load", value = 1.0}'),
+        (7, 'damping = "${HOME}"'),
+        (27, '_known = ["x"]'),
+        (27, '__class__ = "x"'),
+    ],
+)
+def test_a_value_that_looks_like_code_is_only_a_wrong_value(tmp_path: Path, line: int, text: str) -> None:
+    assert f", line {line}: " in complaint(write(tmp_path, line, text))
+
+
+def test_what_is_no_file_of_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    with pytest.raises(RecipeError, match="there is no recipe file"):
+        precond.load_recipe(path)
+    path.write_bytes(b'title = "\xff\xfe"')
+    assert "UTF-8" in complaint(path)
+    with pytest.raises(precond.UnknownName, match="did you mean 'kfac'"):
+        precond.load_recipe("kfc")
+    for name in ("", "..", "../recipes/kfac", "kfac.py", "__init__"):
+        with pytest.raises(precond.UnknownName, match=r"ends in \.toml"):
+            precond.load_recipe(name)
+
+
+def test_the_loader_holds_no_methods_name() -> None:
+    names = [*precond.recipes(), *precond.matrices.names(), *precond.representations.names(), *precond.solvers.names()]
+    for source in ("catalog.py", "plaindata.py"):
+        tree = ast.parse((ROOT / "src/precond" / source).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):  # docstrings may give examples
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body[0] = ast.Pass()
+        code = ast.unparse(tree).lower()
+        assert not [name for name in names if re.search(rf"\b{name}\b", code)]
+
+
+def test_the_packaged_recipes_are_the_files_of_the_repository() -> None:
+    packaged = {f.name: f.read_bytes() for f in files("precond._recipes").iterdir() if f.name.endswith(".toml")}
+    assert packaged == {f.name: f.read_bytes() for f in (ROOT / "recipes").glob("*.toml")}

@@ -1,0 +1,188 @@
+"""What recipes claim, end to end.
+
+* Every recipe has a reference in `tests/references`, and its steps equal the reference's, computed densely in float64 from the paper.
+* The options that make the difference (intervals, clip, warm start) do make one on these problems: a wrong one would be seen.
+* The outer update is a stock `torch.optim` class; every argument of the preconditioner and of the optimizer can be overridden.
+* A batch of NaN moves no parameter and does not stop K-FAC, whose labels are drawn from what the model says.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import precond
+from precond.matrices import FisherMC
+from references.common import NETWORKS, Network, theta
+
+
+def reference(name: str) -> ModuleType:
+    return importlib.import_module(f"references.{name}")
+
+
+def written() -> list[str]:
+    """The recipes that have a reference."""
+    return [name for name in precond.recipes() if (Path(__file__).parent / "references" / f"{name}.py").is_file()]
+
+
+def cases() -> list[tuple[str, str, str]]:
+    found = []
+    for name in written():
+        module = reference(name)
+        for variant in module.VARIANTS:
+            found += [(name, variant, net) for net in getattr(module, "ONLY", {}).get(variant, module.NETS)]
+    return found
+
+
+def overrides(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The overrides of a variant, where the options of CG and of a Sum are plain data."""
+    made = dict(arguments)
+    if "solver" in made:
+        made["solver"] = precond.solvers.CG(**made["solver"])
+    if "history" in made:
+        made["history"] = precond.history.Sum(**made["history"])
+    return made
+
+
+def train(recipe: str, network: Network, steps: int, **arguments: Any) -> Tensor:
+    """(steps, P): theta after every step of the ordinary loop."""
+    model, path = network.make(), []
+    optimizer = precond.load_recipe(recipe).optimizer(model.parameters())
+    with precond.recipe(recipe, seed=3, **arguments).attach(model, network.criterion, optimizer):
+        for inputs, targets in network.batches(steps):
+            optimizer.zero_grad()
+            network.criterion(model(inputs), targets).backward()
+            optimizer.step()
+            path.append(theta(model))
+    return torch.stack(path)
+
+
+@pytest.fixture
+def labels(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The labels that `fisher_mc` draws: the class at which the cotangent p - e_label is negative."""
+    drawn: list[Tensor] = []
+    original = FisherMC.cotangents
+
+    def spy(self: FisherMC, context: Any) -> Tensor:
+        cotangents = original(self, context)
+        assert cotangents.shape[0] == 1
+        assert ((cotangents[0] < 0).sum(1) == 1).all()
+        drawn.append(cotangents[0].argmin(1))
+        return cotangents
+
+    monkeypatch.setattr(FisherMC, "cotangents", spy)
+    return drawn
+
+
+def test_every_recipe_has_a_reference() -> None:
+    assert written() == precond.recipes()
+
+
+@pytest.mark.parametrize(("name", "variant", "net"), [pytest.param(*case, id="-".join(case)) for case in cases()])
+def test_steps_equal_the_dense_ones(name: str, variant: str, net: str, labels: list[Tensor]) -> None:
+    module, network = reference(name), NETWORKS[net]
+    ours, theirs = module.VARIANTS[variant]
+    path = train(name, network, module.STEPS, **overrides(ours))
+    expected = module.train(network, network.batches(module.STEPS), labels, **theirs)
+    assert module.STEPS >= 5
+    torch.testing.assert_close(path, expected, rtol=module.TOLERANCE, atol=module.TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("kfac", {"interval": 2}),
+        ("kfac", {"bound": 2e-3}),
+        ("kfac", {"damping": 0.2}),
+        ("shampoo", {"interval": 2}),
+        ("shampoo", {"eps": 2e-4}),
+        ("hessian_free", {"decay": 0.0}),
+        ("hessian_free", {"tolerance": 1e-5}),
+        ("natural_gradient", {"damping": 2e-3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_a_wrong_option_would_be_seen(name: str, other: dict[str, Any], labels: list[Tensor]) -> None:
+    module, network = reference(name), NETWORKS["mlp"]
+    path = train(name, network, module.STEPS)
+    wrong = module.train(network, network.batches(module.STEPS), labels, **other)
+    assert (path - wrong).abs().max() > 1e3 * module.TOLERANCE
+
+
+def test_newton_lands_on_the_minimum_of_a_quadratic() -> None:
+    network = NETWORKS["linear"]
+    inputs, targets = network.batch(0)
+    with_one = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=inputs.dtype)], 1)
+    solution = torch.linalg.lstsq(with_one, targets).solution.T  # [W, b]
+    path = train("newton", network, 1, damping=0.0)
+    torch.testing.assert_close(path[0], torch.cat([solution[:, :-1].flatten(), solution[:, -1]]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", precond.recipes())
+def test_the_outer_update_is_a_stock_optimizer(name: str) -> None:
+    recipe = precond.load_recipe(name)
+    model = nn.Linear(2, 2)
+    optimizer = recipe.optimizer(model.parameters())
+    assert type(optimizer).__module__.startswith("torch.optim")
+    assert type(optimizer) is getattr(torch.optim, recipe.outer["name"])
+    for option, value in recipe.outer.items():
+        assert option == "name" or optimizer.param_groups[0][option] == value
+    changed = recipe.optimizer([{"params": [model.weight]}, {"params": [model.bias], "lr": 7.0}], lr=0.25, weight_decay=0.5)
+    assert [group["lr"] for group in changed.param_groups] == [0.25, 7.0]
+    assert {group["weight_decay"] for group in changed.param_groups} == {0.5}
+
+
+@pytest.mark.parametrize("name", precond.recipes())
+def test_a_recipe_says_what_it_is(name: str) -> None:
+    recipe, built = precond.load_recipe(name), precond.recipe(name)
+    assert (recipe.matrix, recipe.repr, recipe.solver) == (built.triple.matrix.name, built.triple.repr.name, built.triple.solver.name)
+    assert recipe.scope in ("L", "G")
+    assert all(getattr(recipe, key) for key in ("title", "formula", "summary", "citation", "cost"))
+
+
+def test_any_argument_can_be_overridden() -> None:
+    arguments: dict[str, Any] = {
+        "matrix": "ggn", "repr": precond.representations.get("kron_io")(sharing="reduce"), "solver": "eigen",
+        "damping": precond.damping.Tikhonov(0.5), "transforms": [], "history": "local", "curvature_interval": 2,
+        "solver_interval": lambda step: step == 0, "start_step": 3, "overrides": {"0": None}, "strict": True, "loss_weights": "given",
+        "on_nonfinite": "skip", "seed": 11, "rows": {"2": "flattened"}, "self_check": False,
+    }  # fmt: skip
+    changed = precond.recipe("kfac", **arguments)
+    assert (changed.triple.matrix.name, changed.triple.solver.name) == ("ggn", "eigen")
+    assert changed.triple.repr.sharing == "reduce"  # type: ignore[attr-defined]
+    assert changed.triple.damping == precond.damping.Tikhonov(0.5)
+    assert (changed.transforms, changed.history) == ((), precond.history.Local())
+    assert [changed.curvature_schedule.due(step) for step in range(3)] == [True, False, True]
+    assert [changed.solver_schedule.due(step) for step in range(3)] == [True, False, False]
+    assert (changed.start_step, changed.overrides, changed.strict, changed.seed) == (3, {"0": None}, True, 11)
+    assert (changed.loss_weights, changed.on_nonfinite, changed.rows, changed.self_check) == ("given", "skip", {"2": "flattened"}, False)
+    assert precond.recipe("kfac").triple.matrix.name == "fisher_mc", "the recipe itself is unchanged"
+
+
+def test_an_argument_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(TypeError, match="dampening"):
+        precond.recipe("kfac", dampening=1e-2)
+
+
+def test_a_batch_of_nan_does_not_stop_kfac() -> None:
+    network = NETWORKS["mlp"]
+    model = network.make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    preconditioner = precond.recipe("kfac", solver_interval=1, seed=0).attach(model, network.criterion, optimizer)
+    path = []
+    for step, (inputs, targets) in enumerate(network.batches(5)):
+        optimizer.zero_grad()
+        network.criterion(model(inputs * float("nan") if step == 2 else inputs), targets).backward()
+        optimizer.step()
+        path.append(theta(model))
+    assert torch.equal(path[2], path[1])
+    assert not torch.equal(path[3], path[2])
+    assert all(bool(at.isfinite().all()) for at in path)
+    assert preconditioner.diagnostics["observations_dropped"] == 3
+    assert preconditioner.diagnostics["directions_zeroed"] == 3
