@@ -224,8 +224,7 @@ class Transposed(nn.Module):
     ],
 )
 def test_what_cannot_be_run_by_example_is_refused_by_name(model: nn.Module, message: str) -> None:
-    x, y = normal(4, 3), labels(3, 4)
-    target = y[:3] if isinstance(model, nn.Sequential) else y
+    x, target = normal(4, 3), labels(3, 3 if isinstance(model, nn.Sequential) else 4)
     with pytest.raises(precond.ObservationError, match=message):
         precond.curvature(model.double(), nn.CrossEntropyLoss(), x, target, matrix="empirical_fisher", repr="layer")
 
@@ -235,8 +234,8 @@ def test_dropout_of_a_recurrent_module_is_refused_in_training_mode_only() -> Non
     seen = call(model[0].double(), normal(4, 2, 3), batch=4)
     with pytest.raises(precond.ObservationError, match=r"dropout \(LSTM, rate 0.5\)"):
         gradients(seen)
-    model.eval()
-    close(gradients(call(model[0], normal(4, 2, 3), batch=4)), by_example(call(model[0], normal(4, 2, 3), batch=4)))
+    seen = call(model[0].eval(), normal(4, 2, 3), batch=4)
+    close(gradients(seen), by_example(seen))
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "transformer", "mha", "lstm", "reused"])

@@ -13,6 +13,7 @@ from precond.errors import RefreshFailure, SolverFailure
 from precond.history import WEIGHT, History
 from precond.operators import Operator
 from precond.plan import BlockPlan
+from precond.representations import centring
 
 
 @dataclass
@@ -28,10 +29,12 @@ class BlockState:
 
     def __post_init__(self) -> None:
         self.spec = dict(self.plan.repr.statistics(self.plan.block))
+        if self.plan.matrix.centred:
+            self.spec |= centring.SPEC
 
     def operator(self) -> Operator:
         """The operator that the present statistics stand for."""
-        return self.plan.repr.operator(self.history.read(self.statistics, self.spec), self.plan.block)
+        return self.plan.matrix.finish(self.plan.repr.operator(self.history.read(self.statistics, self.spec), self.plan.block))
 
     def measured(self) -> bool:
         """Whether anything valid was ever observed (waits for the device: for refreshes only)."""

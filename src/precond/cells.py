@@ -36,7 +36,7 @@ def resolve_kind(matrix: Matrix, representation: Representation) -> Kind | None:
 
 
 def _words(kinds: tuple[Kind, ...]) -> str:
-    return " or ".join({"columns": "columns (a, g)", "gradient": "the gradient of the step", "product": "products"}[k] for k in kinds)
+    return " or ".join({"columns": "columns (a, g)", "gradient": "the gradient of the step", "product": "products", "factors": "the moments of layer inputs"}[k] for k in kinds)
 
 
 def why_not(matrix: Matrix, representation: Representation, solver: Solver) -> str | None:
@@ -46,6 +46,8 @@ def why_not(matrix: Matrix, representation: Representation, solver: Solver) -> s
             f"representation {representation.name!r} is built from {_words(representation.requests)}, "
             f"but matrix {matrix.name!r} gives only {_words(matrix.supplies)}"
         )
+    if matrix.centred and not (representation.centres or resolve_kind(matrix, representation) == "product"):
+        return f"representation {representation.name!r} has no form from which the outer product of a mean can be taken, as {matrix.name!r} needs"
     if not solver.takes(representation.structure):
         taken = ", ".join(sorted({s.__name__ for s in solver.accepts}))
         return f"solver {solver.name!r} takes {taken} operators, but representation {representation.name!r} makes a {representation.structure.__name__}"
@@ -97,7 +99,7 @@ def _nearby(matrix: Matrix, representation: Representation, solver: Solver) -> I
     matrices = [MATRICES.create(n) for n in MATRICES.names()]
     representations = [REPRESENTATIONS.create(n) for n in REPRESENTATIONS.names()]
     solvers = [SOLVERS.create(n) for n in SOLVERS.names()]
-    solvers.sort(key=lambda s: Operator in s.accepts)  # one made for a structure before one that takes any
+    solvers.sort(key=lambda s: (Operator in s.accepts, len(s.accepts)))  # one made for a structure before one that takes many
     yield from ((matrix, representation, s) for s in solvers)
     yield from ((matrix, r, solver) for r in representations)
     yield from ((m, representation, solver) for m in matrices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -75,7 +75,7 @@ class Plan:
     left: Mapping[str, str]
 
     def observed_layers(self) -> dict[str, nn.Module]:
-        names = frozenset().union(*(d.layers for d in self.demands if d.kind == "columns"))
+        names = frozenset().union(*(d.layers for d in self.demands if d.kind in ("columns", "factors")))
         return {n: layer.module for n, layer in self.partition.layers.items() if n in names}
 
 
@@ -95,6 +95,12 @@ class _Draft:
         return number
 
 
+    def demands(self, partition: Partition, blocks: Sequence[BlockPlan]) -> Iterator[Demand]:
+        for number, ((matrix, kind), layers) in enumerate(zip(self.matrices, self.layers, strict=True)):
+            names = [n for b in blocks if b.demand == number for n in b.block.names]
+            yield Demand(matrix, kind, frozenset(layers), {n: partition.tensors[n] for n in names})
+
+
 def make_plan(partition: Partition, default: Triple, overrides: Overrides | None, strict: bool) -> Plan:
     """Resolve every trainable parameter to a block or to the reason it has none."""
     if not partition.parameters:
@@ -108,7 +114,7 @@ def make_plan(partition: Partition, default: Triple, overrides: Overrides | None
     draft, blocks = _Draft(), []
     for triple, owners in groups.values():
         blocks += _plan_group(partition, triple, owners, strict, draft)
-    demands = tuple(Demand(m, k, frozenset(layers)) for (m, k), layers in zip(draft.matrices, draft.layers, strict=True))
+    demands = tuple(draft.demands(partition, blocks))
     _refuse_layers(partition, demands)
     return Plan(partition, tuple(blocks), demands, left)
 

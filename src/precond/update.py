@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from precond import numerics, observe
 from precond.blockstate import BlockState, finite
 from precond.distributed import Group
-from precond.observe import Columns, CriterionCall, Gradient, Observation, Observer, Product, Tensors
+from precond.observe import Columns, CriterionCall, Factors, Gradient, Observation, Observer, Product, Tensors
 from precond.plan import Plan
 
 Weight = Mapping[int, Tensor]
@@ -33,11 +34,24 @@ class Assembly:
 
     def _one(self, number: int, gradients: Tensors) -> Observation:
         demand = self.plan.demands[number]
+        matrix: Any = demand.matrix
+        if demand.sampled:
+            return self._sampled(number)
         if demand.kind == "gradient":
             return Gradient(gradients)
         if demand.kind == "columns":
-            return observe.columns(self.observer, number)
+            return replace(observe.columns(self.observer, number), centred=matrix.centred)
+        if demand.kind == "factors":
+            return observe.factors(self.observer, number)
         return self._product(number)
+
+    def _sampled(self, number: int) -> Gradient:
+        """sqrt(N) g at drawn labels over all ranks, N = sum c_i / sum c_i^2 with c_i the weights of the terms."""
+        values, first, second, weight = observe.sampled_gradient(self.observer, number)
+        share = self._factor(weight)
+        summed = self.group.sum([first * share, second * share.square(), *(v * share.to(v.dtype) for v in values.values())])
+        root = (summed[0] / summed[1]).sqrt()
+        return Gradient(dict(zip(values, (v * root.to(v.dtype) for v in summed[2:]), strict=True)))
 
     def _product(self, number: int) -> Product:
         demand, tensors = self.plan.demands[number], self.plan.partition.tensors
@@ -52,13 +66,23 @@ class Assembly:
             frozen = matrix.frozen(context)
             return lambda output, vector: matrix.output_product(context, frozen, vector)
 
-        product = observe.product(self.observer, number, params, curvature)
+        product, mean = observe.product(self.observer, number, params, curvature)
         factor = self._factor(product.weight)
 
         def over_ranks(local: Tensors) -> Tensors:
             return dict(zip(local, self.group.sum([v * factor.to(v.dtype) for v in local.values()]), strict=True))
 
-        return Product(product.local, product.weight, over_ranks)
+        if not matrix.centred:
+            return Product(product.local, product.weight, lambda vectors: over_ranks(product.local(vectors)))
+        values, count = mean()
+        first, total = over_ranks(values), self.group.sum([count * factor])[0]
+
+        def centred(vectors: Tensors) -> Tensors:
+            inner = torch.stack([(first[n] * v).flatten(1).sum(1) for n, v in vectors.items()]).sum(0)
+            out = over_ranks(product.local(vectors))
+            return {n: v - first[n] * (inner / total.to(v.dtype)).view(-1, *[1] * (v.dim() - 1)) for n, v in out.items()}
+
+        return Product(product.local, product.weight, centred)
 
     def _factor(self, weight: Tensor) -> Tensor:
         """What this rank's normalised product is multiplied by before the sum over ranks."""
@@ -100,7 +124,7 @@ class Assembly:
             measured[i][name] = value / torch.where(total == 0, torch.ones_like(total), total)
         if self.given:
             for block, new, total in zip(blocks, measured, totals, strict=True):
-                if isinstance(observations[block.plan.demand], (Columns, Product)):
+                if isinstance(observations[block.plan.demand], (Columns, Factors, Product)):
                     self._scale_given(block, new, total / (self.amp_scale * self.group.size))
         return [total > 0 if self.group.several else flag for total, flag in zip(totals, flags, strict=True)]
 

@@ -54,9 +54,17 @@ class Rule(ABC):
     def gradients(self, seen: LayerColumns, names: Sequence[str], examples: slice) -> Tensors:
         """Gradients of the layer's parameters `names` by column and example: (K, n, *param.shape) for the n examples."""
 
+    def inputs(self, seen: LayerColumns) -> Tensor | OneHot:
+        """a of the normal form, (G, N, R, in); only where `linear` is True."""
+        raise NotImplementedError(f"the rule {type(self).__name__} is not linear.")
+
+    def outputs(self, seen: LayerColumns) -> Tensor:
+        """g of the normal form, (K, G, N, R, out); only where `linear` is True."""
+        raise NotImplementedError(f"the rule {type(self).__name__} is not linear.")
+
     def rows(self, seen: LayerColumns) -> Rows:
         """The normal form; only where `linear` is True."""
-        raise NotImplementedError
+        return Rows(self.inputs(seen), self.outputs(seen), input_first=not self.joint)
 
     def total(self, seen: LayerColumns, names: Sequence[str]) -> Tensors:
         """The gradient summed over examples and columns."""

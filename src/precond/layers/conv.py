@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from precond.layers.base import Rows, layer_grad, layer_input, rule_for
+from precond.layers.base import layer_grad, layer_input, rule_for
 from precond.layers.linear import LinearRule
 from precond.observe import LayerColumns
 
@@ -25,12 +25,13 @@ def pad_input(x: Tensor, module: nn.Conv2d) -> Tensor:
 class Conv2d(LinearRule):
     """A Linear layer on patches: a_ir is the patch that output position r reads, of length in / groups * prod(kernel)."""
 
-    def rows(self, seen: LayerColumns) -> Rows:
-        module = seen.module
+    def inputs(self, seen: LayerColumns) -> Tensor:
+        module, x = seen.module, layer_input(seen)
         assert isinstance(module, nn.Conv2d)
-        x, g = layer_input(seen), layer_grad(seen)
         patches = F.unfold(pad_input(x, module), module.kernel_size, dilation=module.dilation, stride=module.stride)
-        examples, groups = x.shape[0], module.groups
-        a = patches.reshape(examples, groups, -1, patches.shape[-1]).permute(1, 0, 3, 2)
-        g = g.reshape(g.shape[0], examples, groups, module.out_channels // groups, -1).permute(0, 2, 1, 4, 3)
-        return Rows(a, g)
+        return patches.reshape(x.shape[0], module.groups, -1, patches.shape[-1]).permute(1, 0, 3, 2)
+
+    def outputs(self, seen: LayerColumns) -> Tensor:
+        module, g = seen.module, layer_grad(seen)
+        assert isinstance(module, nn.Conv2d)
+        return g.reshape(*g.shape[:2], module.groups, module.out_channels // module.groups, -1).permute(0, 2, 1, 4, 3)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from precond.layers.base import OneHot, Rows, Rule, arrange, layer_grad, rule_for
+from precond.layers.base import OneHot, Rule, arrange, layer_grad, rule_for
 from precond.observe import LayerColumns, Tensors
 
 
@@ -17,15 +17,16 @@ class Embedding(Rule):
 
     linear = True
 
-    def rows(self, seen: LayerColumns) -> Rows:
-        module = seen.module
+    def inputs(self, seen: LayerColumns) -> OneHot:
+        module, index = seen.module, arrange(seen.input, seen)
         assert isinstance(module, nn.Embedding)
-        index, g = arrange(seen.input, seen), layer_grad(seen)
-        examples = index.shape[0] if index.dim() else 1
-        index = index.reshape(examples, -1)
-        g = g.reshape(g.shape[0], 1, examples, index.shape[1], module.embedding_dim)
+        index = index.reshape(index.shape[0] if index.dim() else 1, -1)
         mask = torch.ones_like(index, dtype=torch.bool) if module.padding_idx is None else index != module.padding_idx
-        return Rows(OneHot(index, module.num_embeddings, mask), g * mask[..., None], input_first=True)
+        return OneHot(index, module.num_embeddings, mask)
+
+    def outputs(self, seen: LayerColumns) -> Tensor:
+        g, hot = layer_grad(seen), self.inputs(seen)
+        return g.reshape(g.shape[0], 1, *hot.index.shape, -1) * hot.mask[..., None]
 
     def gradients(self, seen: LayerColumns, names: Sequence[str], examples: slice) -> Tensors:
         rows = self.rows(seen)

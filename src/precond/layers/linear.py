@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from precond.layers.base import Rows, Rule, layer_grad, layer_input, rule_for
+from precond.layers.base import Rule, layer_grad, layer_input, rule_for
 from precond.observe import LayerColumns, Tensors
 
 
@@ -45,7 +45,10 @@ class LinearRule(Rule):
 class Linear(LinearRule):
     """s = W a + b: the input is (N, *, in), the positions between are shared."""
 
-    def rows(self, seen: LayerColumns) -> Rows:
-        a, g = layer_input(seen), layer_grad(seen)
-        examples = a.shape[0] if a.dim() > 1 else 1
-        return Rows(a.reshape(1, examples, -1, a.shape[-1]), g.reshape(g.shape[0], 1, examples, -1, g.shape[-1]))
+    def inputs(self, seen: LayerColumns) -> Tensor:
+        a = layer_input(seen)
+        return a.reshape(1, a.shape[0] if a.dim() > 1 else 1, -1, a.shape[-1])
+
+    def outputs(self, seen: LayerColumns) -> Tensor:
+        g = layer_grad(seen)
+        return g.reshape(g.shape[0], 1, g.shape[1] if g.dim() > 2 else 1, -1, g.shape[-1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from precond.observe import Context, Kind
+from precond.operators import Operator
 from precond.registry import Registry
 
 
@@ -36,9 +37,23 @@ class Matrix(ABC):
         return False
 
     @property
+    def centred(self) -> bool:
+        """Less the outer product of the mean gradient; the mean is averaged beside the second moment."""
+        return False
+
+    @property
+    def sampled(self) -> bool:
+        """Its gradient is taken at labels drawn from the model, not at those of the step."""
+        return False
+
+    def finish(self, operator: Operator) -> Operator:
+        """What is not linear in the average, applied to its operator; the identity for most."""
+        return operator
+
+    @property
     def needs_criterion(self) -> bool:
         """Fed by more than the gradient of the step."""
-        return self.supplies != ("gradient",)
+        return self.supplies != ("gradient",) or self.sampled
 
     def cotangents(self, context: Context) -> Tensor:
         """(K, *output.shape), per term and unscaled: C = scale * sum_ik (J_i^T s_ik)(J_i^T s_ik)^T."""

@@ -1,11 +1,11 @@
 """Hooks and automatic differentiation: the only package that touches either."""
 
-from precond.observe.assemble import by_layer, columns, product
+from precond.observe.assemble import by_layer, columns, factors, product, sampled_gradient
 from precond.observe.batch import differentiate_batch
 from precond.observe.guard import busy, own_pass
 from precond.observe.hooks import Handles, Hook
 from precond.observe.names import canonical
-from precond.observe.observation import Columns, Gradient, Kind, LayerColumns, Observation, Part, Product, Tensors
+from precond.observe.observation import Columns, Factors, Gradient, Kind, LayerColumns, Observation, Part, Product, Tensors
 from precond.observe.observer import Context, Demand, Observer
 from precond.observe.passes import batched_grad, nested_columns
 from precond.observe.randomness import keyed_generator
@@ -15,32 +15,8 @@ from precond.observe.trees import tensors_in
 from precond.observe.truth import true_columns
 
 __all__ = [
-    "Columns",
-    "Context",
-    "CriterionCall",
-    "Demand",
-    "Forward",
-    "Gradient",
-    "Handles",
-    "Hook",
-    "Kind",
-    "LayerColumns",
-    "Observation",
-    "Observer",
-    "Part",
-    "Product",
-    "SelfCheck",
-    "Tensors",
-    "batched_grad",
-    "busy",
-    "by_layer",
-    "canonical",
-    "columns",
-    "differentiate_batch",
-    "keyed_generator",
-    "nested_columns",
-    "own_pass",
-    "product",
-    "tensors_in",
+    "Columns", "Context", "CriterionCall", "Demand", "Factors", "Forward", "Gradient", "Handles", "Hook", "Kind", "LayerColumns",
+    "Observation", "Observer", "Part", "Product", "SelfCheck", "Tensors", "batched_grad", "busy", "by_layer", "canonical", "columns",
+    "differentiate_batch", "factors", "keyed_generator", "nested_columns", "own_pass", "product", "sampled_gradient", "tensors_in",
     "true_columns",
 ]  # fmt: skip

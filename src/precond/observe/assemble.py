@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from precond.errors import ObservationError
-from precond.observe.observation import Columns, LayerColumns, Part, Product, Tensors
+from precond.observe.observation import Columns, Factors, LayerColumns, Part, Product, Tensors
 from precond.observe.observer import Observer
 from precond.observe.records import CriterionCall
 from precond.observe.replay import Linearised, OutputCurvature, SecondOrder
@@ -37,14 +37,48 @@ def by_layer(columns: Sequence[LayerColumns]) -> dict[str, tuple[LayerColumns, .
 
 def columns(observer: Observer, number: int) -> Columns:
     """The columns of demand `number` over all parts of the step."""
-    parts = observer.parts
-    if not parts:
-        raise ObservationError("no criterion call was differentiated in this step.")
-    total = torch.stack([_weight(p) for p in parts]).sum()
+    parts, total = _weighted(observer)
     if number not in parts[0].columns:  # nothing was sent back for it: it lives on the user's own backward pass
         return Columns(tuple(_true_parts(parts, observer.demands[number].layers, total)), total)
     made = [Part(_weight(p) / total, _scale(p), p.forward.batch, by_layer(p.columns[number])) for p in parts]
     return Columns(tuple(made), total)
+
+
+def factors(observer: Observer, number: int) -> Factors:
+    """The inputs of the layers of demand `number` over all parts of the step."""
+    parts, total = _weighted(observer)
+    layers = observer.demands[number].layers
+    made = []
+    for part in parts:
+        seen: dict[str, list[LayerColumns]] = defaultdict(list)
+        for call in part.forward.calls:
+            if call.name in layers:
+                seen[call.name].append(call.columns([], part.forward.batch))
+        made.append(Part(_weight(part) / total, _scale(part), part.forward.batch, {n: tuple(c) for n, c in seen.items()}))
+    return Factors(tuple(made), total)
+
+
+def sampled_gradient(observer: Observer, number: int) -> tuple[Tensors, Tensor, Tensor, Tensor]:
+    """The mean gradient at drawn labels on this rank: (sum c_i g_i by parameter, sum c_i, sum c_i^2, total weight).
+
+    c_i = share * scale is the weight of a term.
+    """
+    parts, total = _weighted(observer)
+    pieces: list[tuple[Tensor, Tensors]] = []
+    first, second = torch.zeros_like(total), torch.zeros_like(total)
+    for part in parts:
+        weight = _weight(part) / total * _scale(part)
+        terms = part.likelihood.terms(part.output, part.target).to(weight.dtype)
+        first, second = first + weight * terms, second + weight.square() * terms
+        pieces.append((weight, part.gradients[number]))
+    return _weighted_sum(pieces), first, second, total
+
+
+def _weighted(observer: Observer) -> tuple[list[CriterionCall], Tensor]:
+    """The parts of the step and the sum of their weights."""
+    if not observer.parts:
+        raise ObservationError("no criterion call was differentiated in this step.")
+    return observer.parts, torch.stack([_weight(p) for p in observer.parts]).sum()
 
 
 def _true_parts(parts: Sequence[CriterionCall], layers: frozenset[str], total: Tensor) -> list[Part]:
@@ -65,32 +99,41 @@ def _true_parts(parts: Sequence[CriterionCall], layers: frozenset[str], total: T
     return made
 
 
+Mean = Callable[[], tuple[Tensors, Tensor]]
+
+
 def product(
     observer: Observer, number: int, params: dict[str, nn.Parameter], curvature: Callable[[CriterionCall], OutputCurvature | None]
-) -> Product:
-    """A live product over all parts of the step, on this rank, divided by the sum of their weights.
+) -> tuple[Product, Mean]:
+    """A live product over all parts of the step, on this rank, divided by the sum of their weights; and its mean.
 
-    curvature(part) is None where the matrix is the Hessian of the loss itself.
+    curvature(part) is None where the matrix is the Hessian of the loss itself. The mean, for a matrix that is centred,
+    is (sum c_i g_i by parameter, sum c_i) over examples, c_i = share * scale.
     """
-    parts = observer.parts
-    if not parts:
-        raise ObservationError("no criterion call was differentiated in this step.")
-    total = torch.stack([_weight(p) for p in parts]).sum()
-    terms: list[tuple[Tensor, Linearised | SecondOrder]] = []
+    parts, total = _weighted(observer)
+    terms: list[tuple[Tensor, Linearised | SecondOrder, CriterionCall]] = []
     for part in parts:
         output_curvature = curvature(part)
         weight = _weight(part) / total
         if output_curvature is None:
-            terms.append((weight, SecondOrder(part, observer.model, params)))
+            terms.append((weight, SecondOrder(part, observer.model, params), part))
         else:
-            terms.append((weight * _scale(part), Linearised(part, observer.model, params, output_curvature)))
+            terms.append((weight * _scale(part), Linearised(part, observer.model, params, output_curvature), part))
 
     def local(vectors: Tensors) -> Tensors:
-        out: Tensors = {}
-        for weight, term in terms:
-            for name, value in term(vectors).items():
-                scaled = value * weight.to(value.dtype)
-                out[name] = out[name] + scaled if name in out else scaled
-        return out
+        return _weighted_sum((weight, term(vectors)) for weight, term, _ in terms)
 
-    return Product(local, total)
+    def mean() -> tuple[Tensors, Tensor]:
+        pulled = ((w, t.pull(p.likelihood.gradient(p.output, p.target))) for w, t, p in terms if isinstance(t, Linearised))
+        return _weighted_sum(pulled), torch.stack([w * p.forward.batch for w, _, p in terms]).sum()
+
+    return Product(local, total), mean
+
+
+def _weighted_sum(terms: Iterable[tuple[Tensor, Tensors]]) -> Tensors:
+    out: Tensors = {}
+    for weight, values in terms:
+        for name, value in values.items():
+            scaled = value * weight.to(value.dtype)
+            out[name] = out[name] + scaled if name in out else scaled
+    return out

@@ -45,7 +45,10 @@ def differentiate_batch(
     for number, demand in enumerate(observer.demands):
         if demand.kind == "columns":
             part.columns[number] = observer.nested(part, number)
-    part.forward.calls.clear()  # the graph of a batch lives no longer than its turn
+        elif demand.sampled:
+            part.gradients[number] = observer.sampled(part, number)
+    for call in part.forward.calls:  # the graph of a batch lives no longer than its turn
+        call.edges = [None] * len(call.edges)
     part.nodes, part.output = {}, output.detach()
     observer.parts.append(part)
     return part.weight, gradient

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from precond.observe.trees import tensors_in
 
-Kind = Literal["columns", "gradient", "product"]
+Kind = Literal["columns", "gradient", "product", "factors"]
 Tensors = dict[str, Tensor]
 
 
@@ -58,7 +58,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Columns:
-    """C = sum_parts share * scale * sum_{ik} u_ik u_ik^T, u_ik = sum over positions of g_ik a_i^T of example i."""
+    """C = sum_parts share * scale * sum_{ik} u_ik u_ik^T, u_ik = sum over positions of g_ik a_i^T of example i.
+
+    centred: less the outer product of the mean, which a representation takes off after averaging.
+    """
+
+    parts: tuple[Part, ...]
+    weight: Tensor
+    centred: bool = False
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The inputs of the layers alone: C = I (x) A for each, A the mean over rows of a a^T."""
 
     parts: tuple[Part, ...]
     weight: Tensor
@@ -82,12 +94,11 @@ class Product:
 
     local: Callable[[Tensors], Tensors]
     weight: Tensor
-    reduce: Callable[[Tensors], Tensors] | None = None
+    whole: Callable[[Tensors], Tensors] | None = None
 
     def __call__(self, vectors: Tensors) -> Tensors:
-        """C v, summed over ranks where there are several."""
-        out = self.local(vectors)
-        return out if self.reduce is None else self.reduce(out)
+        """C v, over all ranks where there are several."""
+        return self.local(vectors) if self.whole is None else self.whole(vectors)
 
 
-Observation = Columns | Gradient | Product
+Observation = Columns | Gradient | Product | Factors

@@ -17,7 +17,7 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from precond.observe.guard import busy
 from precond.observe.hooks import Handles, Hook
 from precond.observe.matching import find_forward, refuse_reentrant_checkpoint
 from precond.observe.observation import Kind, LayerColumns
-from precond.observe.passes import nested_columns
+from precond.observe.passes import batched_grad, nested_columns
 from precond.observe.randomness import keyed_generator
 from precond.observe.records import Call, Clock, CriterionCall, Forward
 from precond.observe.replay import save_rng
@@ -58,6 +58,8 @@ class Source(Protocol):
 
     @property
     def true_gradient(self) -> bool: ...
+    @property
+    def sampled(self) -> bool: ...
 
     def cotangents(self, context: Context) -> Tensor: ...
 
@@ -69,11 +71,17 @@ class Demand:
     matrix: Source
     kind: Kind
     layers: frozenset[str]
+    params: Mapping[str, nn.Parameter] = field(default_factory=dict, compare=False)
 
     @property
     def backward(self) -> bool:
         """Fed by the user's own backward pass."""
         return self.kind == "columns" and self.matrix.true_gradient
+
+    @property
+    def sampled(self) -> bool:
+        """Fed by a nested pass down to the parameters, at drawn labels."""
+        return self.kind == "gradient" and self.matrix.sampled
 
     @property
     def nested(self) -> bool:
@@ -261,12 +269,14 @@ class Observer:
             self._begin_backward()
         part.backward = self._passes
         # What is kept until the step is a copy: the hook's own record must stay whole for another pass over a retained graph.
-        kept = replace(part, columns={}, weight=gradient.detach().to(torch.float64).clone())
+        kept = replace(part, columns={}, gradients={}, weight=gradient.detach().to(torch.float64).clone())
         kept.scale = part.likelihood.scale(part.output.detach(), part.target)
         with torch.enable_grad():
             for number, demand in enumerate(self.demands):
                 if demand.nested:
                     kept.columns[number] = self.nested(kept, number)
+                elif demand.sampled:
+                    kept.gradients[number] = self.sampled(kept, number)
         self.parts.append(kept)
 
     def context(self, part: CriterionCall, number: int) -> Context:
@@ -278,6 +288,13 @@ class Observer:
         """The columns that demand `number` asks for, by a pass of our own from the criterion's input."""
         demand = self.demands[number]
         return nested_columns(part, demand.matrix.cotangents(self.context(part, number)), demand.layers)
+
+    def sampled(self, part: CriterionCall, number: int) -> dict[str, Tensor]:
+        """The gradient, summed over terms, at the labels that demand `number` draws."""
+        demand = self.demands[number]
+        cotangents = demand.matrix.cotangents(self.context(part, number))
+        found = batched_grad([part.output], list(demand.params.values()), [cotangents.to(part.output.dtype)])
+        return {n: torch.zeros_like(p) if g is None else g[0].detach() for (n, p), g in zip(demand.params.items(), found, strict=True)}
 
     def _params(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

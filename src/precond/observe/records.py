@@ -92,5 +92,6 @@ class CriterionCall:
     weight: Tensor | None = None
     backward: int = -1
     columns: dict[int, list[LayerColumns]] = field(default_factory=dict)
+    gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     scale: Tensor | None = None
     bridge: Bridge | None = None

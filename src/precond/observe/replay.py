@@ -94,6 +94,13 @@ class Linearised:
         return {n: torch.zeros_like(v) if g is None else g.detach() for (n, v), g in zip(vectors.items(), found, strict=True)}
 
 
+    def pull(self, cotangent: Tensor) -> Tensors:
+        """J^T s for one cotangent of the output."""
+        with torch.enable_grad():
+            found = batched_grad([self.output], list(self.params.values()), [cotangent.to(self.output.dtype).unsqueeze(0)])
+        return {n: torch.zeros_like(p) if g is None else g[0].detach() for (n, p), g in zip(self.params.items(), found, strict=True)}
+
+
 class SecondOrder:
     """H v for the loss of one criterion call, by differentiating its gradient again."""
 

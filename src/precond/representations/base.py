@@ -12,9 +12,10 @@ from torch import Tensor
 
 from precond.blocks import Block, Scope
 from precond.errors import ObservationError
-from precond.observe import Columns, Gradient, Kind, Observation, Product
+from precond.observe import Columns, Factors, Gradient, Kind, Observation, Product
 from precond.operators import Operator
 from precond.registry import Registry
+from precond.representations.inputs import input_matrix
 from precond.statistics import Stat
 
 Statistics = dict[str, Any]
@@ -35,6 +36,8 @@ class Representation(ABC):
     requests: ClassVar[tuple[Kind, ...]]
     structure: ClassVar[type[Operator]]
     stages: ClassVar[tuple[str, ...]] = ("all",)
+    centres: ClassVar[bool] = False
+    """Whether the outer product of a mean can be taken off its form."""
 
     @property
     def live(self) -> bool:
@@ -113,6 +116,9 @@ def dense_matrix(observation: Observation, block: Block) -> Tensor:
     if isinstance(observation, Gradient):
         gradient = mean_gradient(observation, block)
         return torch.outer(gradient, gradient)
+    if isinstance(observation, Factors):
+        inputs = input_matrix(observation, block)
+        return zeros(block, block.n, block.n) if inputs is None else inputs
     if isinstance(observation, Product):
         return torch.cat([rows for _, rows in product_columns(observation, block)])
     total: Tensor | None = None

@@ -13,6 +13,7 @@ from precond.observe import Columns, Gradient, Observation
 from precond.operators import Diagonal as DiagonalOperator
 from precond.operators import Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, mean_gradient, product_columns, weighted_gradients, zeros
+from precond.representations.centring import deviation, first_moment
 from precond.representations.unshared import unshared_rows
 from precond.statistics import Stat
 
@@ -32,6 +33,7 @@ class Diagonal(Representation):
     scope = "tensor"
     requests = ("columns", "gradient", "product")
     structure = DiagonalOperator
+    centres = True
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         return {"diagonal": Stat("mean", form="diagonal")}
@@ -40,14 +42,15 @@ class Diagonal(Representation):
         if isinstance(observation, Gradient):
             return {"diagonal": mean_gradient(observation, block).square()}
         if isinstance(observation, Columns):
-            return {"diagonal": _from_columns(observation, block)}
+            return {"diagonal": _from_columns(observation, block)} | first_moment(observation, block)
         diagonal = zeros(block, block.n)
         for indices, rows in product_columns(observation, block):
             diagonal[indices] = rows[torch.arange(len(indices)), indices]
         return {"diagonal": diagonal}
 
     def operator(self, statistics: Statistics, block: Block) -> Operator:
-        return DiagonalOperator(statistics["diagonal"])
+        mean = deviation(statistics)
+        return DiagonalOperator(statistics["diagonal"] if mean is None else statistics["diagonal"] - mean.square())
 
     def bytes_held(self, block: Block, itemsize: int) -> int:
         return block.n * itemsize

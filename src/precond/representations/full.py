@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from precond.blocks import Block
-from precond.observe import Observation
+from precond.observe import Columns, Observation
 from precond.operators import Dense, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, dense_matrix
+from precond.representations.centring import deviation, first_moment
 from precond.statistics import Stat
 
 
@@ -22,17 +25,20 @@ class Full(Representation):
     """
 
     scope = "model"
-    requests = ("columns", "gradient", "product")
+    requests = ("columns", "gradient", "product", "factors")
+    centres = True
     structure = Dense
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         return {"matrix": Stat("mean", form="matrix")}
 
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
-        return {"matrix": dense_matrix(observation, block)}
+        centre = first_moment(observation, block) if isinstance(observation, Columns) else {}
+        return {"matrix": dense_matrix(observation, block)} | centre
 
     def operator(self, statistics: Statistics, block: Block) -> Operator:
-        return Dense(statistics["matrix"])
+        mean = deviation(statistics)
+        return Dense(statistics["matrix"] if mean is None else statistics["matrix"] - torch.outer(mean, mean))
 
     def bytes_held(self, block: Block, itemsize: int) -> int:
         return block.n**2 * itemsize

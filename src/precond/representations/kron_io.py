@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from precond.blocks import Block, leading_size
-from precond.layers import OneHot, check_examples
+from precond.blocks import Block
 from precond.layers import Rule as LayerRule
-from precond.observe import Columns, Observation, Part
+from precond.observe import Columns, Factors, Observation, Part
 from precond.operators import Diagonal, Kronecker, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, refuse_kind, zeros
+from precond.representations.inputs import input_moment, input_rows, input_sums, second_moment
 from precond.statistics import Form, Stat
 
 
@@ -36,7 +36,7 @@ class KronIO(Representation):
     """
 
     scope = "matrix"
-    requests = ("columns",)
+    requests = ("columns", "factors")
     structure = Kronecker
 
     sharing: Literal["expand", "reduce"] = "expand"
@@ -63,6 +63,9 @@ class KronIO(Representation):
         return {"A": Stat("mean", degree=0.0, form=input_form), "B": Stat("mean", form="matrix")}
 
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
+        if isinstance(observation, Factors):
+            A = input_moment(observation, block)
+            return _absent(block) if A is None else {"A": A, "B": _identity(_absent(block)["B"])}
         if not isinstance(observation, Columns):
             raise refuse_kind(self, observation)
         sums: list[Tensor] | None = None
@@ -78,26 +81,15 @@ class KronIO(Representation):
 
     def _sums(self, part: Part, block: Block) -> tuple[Tensor, Tensor, Tensor] | None:
         """(sum of a a^T, the number of its rows, sum of g g^T) over the calls of one part."""
-        rows, ones = [], []
-        bias = block.names[-1] if block.homogeneous else None
-        for layer, seen in block.calls(part):
-            if self.sharing == "reduce":
-                check_examples(seen, leading_size(seen) if seen.rows is None else seen.batch)
-            rows.append(layer.rule.rows(seen))
-            ones.append(1.0 if bias in layer.parameters.values() else 0.0)
-        if not rows:
+        inputs = input_rows(part, block, check=self.sharing == "reduce")
+        grads = [layer.rule.outputs(seen) for layer, seen in block.calls(part)]
+        if not inputs:
             return None
-        if isinstance(rows[0].a, OneHot):
-            counts = _counts([r.a for r in rows if isinstance(r.a, OneHot)], rows[0].g.dtype)
-            return counts, counts.sum(), _second_moment([_flat_grad(r.g) for r in rows])
-        inputs = [_append(r.a, one) if bias else r.a for r, one in zip(rows, ones, strict=True) if isinstance(r.a, Tensor)]
         if self.sharing == "reduce":
-            positions = sum(a.shape[2] for a in inputs)
-            reduced = torch.stack([a.sum(2) for a in inputs]).sum(0) / positions
-            grads = torch.stack([r.g.sum(3) for r in rows]).sum(0)
-            return _second_moment([reduced]), _count([reduced]), _second_moment([_flat_grad(grads.unsqueeze(3))])
-        flat = [a.flatten(1, 2) for a in inputs]
-        return _second_moment(flat), _count(flat), _second_moment([_flat_grad(r.g) for r in rows])
+            tensors = [a for a in inputs if isinstance(a, Tensor)]
+            inputs = [torch.stack([a.sum(2) for a in tensors]).sum(0).unsqueeze(2) / sum(a.shape[2] for a in tensors)]
+            grads = [torch.stack([g.sum(3) for g in grads]).sum(0).unsqueeze(3)]
+        return *input_sums(inputs, grads[0].dtype), second_moment([_flat_grad(g) for g in grads])
 
     def operator(self, statistics: Statistics, block: Block) -> Operator:
         A, B = statistics["A"], statistics["B"]
@@ -113,33 +105,14 @@ def _owner_rule(block: Block) -> LayerRule:
     return next(iter(block.layers.values())).rule
 
 
-def _append(a: Tensor, one: float) -> Tensor:
-    """The homogeneous coordinate; 0 for a use of a tied weight that has no share in the block's bias."""
-    return torch.cat([a, a.new_full((*a.shape[:-1], 1), one)], dim=-1)
-
-
 def _flat_grad(g: Tensor) -> Tensor:
     """(K, G, N, R, out) -> (G, K N R, out)."""
     return g.transpose(0, 1).flatten(1, 3)
 
 
-def _second_moment(rows: list[Tensor]) -> Tensor:
-    """Sum over rows of x x^T: (G, n, d) -> (G, d, d), (d, d) for one group."""
-    total = torch.stack([x.transpose(1, 2) @ x for x in rows]).sum(0) if len(rows) > 1 else rows[0].transpose(1, 2) @ rows[0]
-    return total.squeeze(0) if total.shape[0] == 1 else total
-
-
-def _counts(hot: list[OneHot], dtype: torch.dtype) -> Tensor:
-    """How often each index occurs among the rows that count."""
-    total = torch.zeros(hot[0].size, dtype=dtype, device=hot[0].index.device)
-    for h in hot:
-        total.index_add_(0, h.index.reshape(-1), h.mask.reshape(-1).to(dtype))
-    return total
-
-
-def _count(rows: list[Tensor]) -> Tensor:
-    """The number of rows in (G, n, d), a 0-dim tensor."""
-    return rows[0].new_full((), sum(x.shape[1] for x in rows))
+def _identity(like: Tensor) -> Tensor:
+    """Identities of the shape of (*batch, n, n) matrices."""
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like).clone()
 
 
 def _absent(block: Block) -> dict[str, Tensor]:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block
-from precond.observe import Columns, Gradient, Observation
+from precond.observe import Columns, Factors, Gradient, Observation
 from precond.operators import Dense, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, mean_gradient, product_columns, weighted_gradients, zeros
+from precond.representations.centring import deviation, first_moment
+from precond.representations.inputs import unit_blocks
 from precond.representations.unshared import unshared_rows
 from precond.statistics import Stat
 
@@ -31,7 +33,8 @@ class Unit(Representation):
     """
 
     scope = "matrix"
-    requests = ("columns", "gradient", "product")
+    requests = ("columns", "gradient", "product", "factors")
+    centres = True
     structure = Dense
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
@@ -43,7 +46,10 @@ class Unit(Representation):
             gradient = mean_gradient(observation, block).view(rows, width)
             return {"blocks": gradient.unsqueeze(2) * gradient.unsqueeze(1)}
         if isinstance(observation, Columns):
-            return {"blocks": _from_columns(observation, block)}
+            return {"blocks": _from_columns(observation, block)} | first_moment(observation, block)
+        if isinstance(observation, Factors):
+            inputs = unit_blocks(observation, block)
+            return {"blocks": zeros(block, rows, width, width) if inputs is None else inputs}
         blocks = zeros(block, rows, width, width)
         for indices, products in product_columns(observation, block):
             unit, place = indices // width, indices % width
@@ -51,7 +57,11 @@ class Unit(Representation):
         return {"blocks": blocks}
 
     def operator(self, statistics: Statistics, block: Block) -> Operator:
-        return Dense(statistics["blocks"])
+        mean = deviation(statistics)
+        if mean is None:
+            return Dense(statistics["blocks"])
+        unit_means = mean.view(block.shape)
+        return Dense(statistics["blocks"] - unit_means.unsqueeze(2) * unit_means.unsqueeze(1))
 
     def bytes_held(self, block: Block, itemsize: int) -> int:
         rows, width = block.shape
