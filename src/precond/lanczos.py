@@ -50,4 +50,5 @@ def function_times_vector(product: Callable[[Tensor], Tensor], f: Callable[[Tens
     V, diagonal, off = tridiagonalise(product, vector, steps)
     T = torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = eigh(T)
-    return size * (V @ (vectors @ (f(values) * vectors[0])))
+    result: Tensor = size * (V @ (vectors @ (f(values) * vectors[0])))
+    return result

@@ -55,11 +55,11 @@ class Rule(ABC):
         """Gradients of the layer's parameters `names` by column and example: (K, n, *param.shape) for the n examples."""
 
     def inputs(self, seen: LayerColumns) -> Tensor | OneHot:
-        """a of the normal form, (G, N, R, in); only where `linear` is True."""
+        """A of the normal form, (G, N, R, in); only where `linear` is True."""
         raise NotImplementedError(f"the rule {type(self).__name__} is not linear.")
 
     def outputs(self, seen: LayerColumns) -> Tensor:
-        """g of the normal form, (K, G, N, R, out); only where `linear` is True."""
+        """G of the normal form, (K, G, N, R, out); only where `linear` is True."""
         raise NotImplementedError(f"the rule {type(self).__name__} is not linear.")
 
     def rows(self, seen: LayerColumns) -> Rows:

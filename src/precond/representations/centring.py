@@ -31,7 +31,7 @@ def first_moment(observation: Columns, block: Block) -> Statistics:
 
 
 def deviation(statistics: Statistics) -> Tensor | None:
-    """f / sqrt(n), whose outer product is to be taken off; None where nothing is centred."""
+    """The vector f / sqrt(n), whose outer product is to be taken off; None where nothing is centred."""
     if "first" not in statistics:
         return None
     first: Tensor = statistics["first"]

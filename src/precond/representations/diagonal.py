@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block
-from precond.observe import Columns, Gradient, Observation
+from precond.observe import Columns, Gradient, Observation, Product
 from precond.operators import Diagonal as DiagonalOperator
 from precond.operators import Operator
-from precond.representations.base import REGISTRY, Representation, Statistics, mean_gradient, product_columns, weighted_gradients, zeros
+from precond.representations.base import (
+    REGISTRY,
+    Representation,
+    Statistics,
+    mean_gradient,
+    product_columns,
+    refuse_kind,
+    weighted_gradients,
+    zeros,
+)
 from precond.representations.centring import deviation, first_moment
 from precond.representations.unshared import unshared_rows
 from precond.statistics import Stat
@@ -43,6 +52,8 @@ class Diagonal(Representation):
             return {"diagonal": mean_gradient(observation, block).square()}
         if isinstance(observation, Columns):
             return {"diagonal": _from_columns(observation, block)} | first_moment(observation, block)
+        if not isinstance(observation, Product):
+            raise refuse_kind(self, observation)
         diagonal = zeros(block, block.n)
         for indices, rows in product_columns(observation, block):
             diagonal[indices] = rows[torch.arange(len(indices)), indices]

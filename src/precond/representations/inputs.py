@@ -93,4 +93,5 @@ def input_matrix(observation: Factors, block: Block) -> Tensor | None:
         dense = torch.zeros(flat.n, flat.n, dtype=blocks.dtype, device=blocks.device)
         dense[order.unsqueeze(1), order] = torch.block_diag(*blocks)
         pieces.append(dense)
-    return torch.block_diag(*pieces)
+    whole: Tensor = torch.block_diag(*pieces)
+    return whole

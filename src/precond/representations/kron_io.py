@@ -25,7 +25,8 @@ class KronIO(Representation):
 
     sharing="expand" treats positions as independent data, A = mean over rows of a a^T, B = scale * sum_k,rows g g^T;
     "reduce" first averages a and sums g over positions. Both are plain K-FAC where a layer has one position. The bias
-    is joined by a homogeneous 1 in a. Uses of a tied weight expand like positions. An Embedding's A is diagonal
+    is joined by a homogeneous 1 in a. What is averaged is the sum of a a^T and the number of rows, both with the weights
+    of the terms, so that any split of the data over batches and ranks has the same A. Uses of a tied weight expand like positions. An Embedding's A is diagonal
     (counts) and comes first, as its weight is stored input first; a grouped convolution has one pair a group.
 
     Memory in'^2 + out^2; cost N R (in'^2 + K out^2). Sources: Martens & Grosse 2015; Grosse & Martens 2016;
@@ -60,12 +61,13 @@ class KronIO(Representation):
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         input_form: Form = "matrix" if _owner_rule(block).joint else "diagonal"
-        return {"A": Stat("mean", degree=0.0, form=input_form), "B": Stat("mean", form="matrix")}
+        return {"A": Stat("mean", form=input_form), "rows": Stat("mean"), "B": Stat("mean", form="matrix")}
 
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
         if isinstance(observation, Factors):
+            absent = _absent(block)
             A = input_moment(observation, block)
-            return _absent(block) if A is None else {"A": A, "B": _identity(_absent(block)["B"])}
+            return absent if A is None else {"A": A, "rows": torch.ones_like(absent["rows"]), "B": _identity(absent["B"])}
         if not isinstance(observation, Columns):
             raise refuse_kind(self, observation)
         sums: list[Tensor] | None = None
@@ -76,8 +78,7 @@ class KronIO(Representation):
                 sums = weighted if sums is None else [x + y for x, y in zip(sums, weighted, strict=True)]
         if sums is None:
             return _absent(block)
-        A, count, B = sums
-        return {"A": A / torch.where(count == 0, 1.0, count), "B": B}
+        return dict(zip(("A", "rows", "B"), sums, strict=True))
 
     def _sums(self, part: Part, block: Block) -> tuple[Tensor, Tensor, Tensor] | None:
         """(sum of a a^T, the number of its rows, sum of g g^T) over the calls of one part."""
@@ -92,7 +93,8 @@ class KronIO(Representation):
         return *input_sums(inputs, grads[0].dtype), second_moment([_flat_grad(g) for g in grads])
 
     def operator(self, statistics: Statistics, block: Block) -> Operator:
-        A, B = statistics["A"], statistics["B"]
+        rows, B = statistics["rows"], statistics["B"]
+        A = statistics["A"] / torch.where(rows > 0, rows, torch.ones_like(rows))
         if not _owner_rule(block).joint:  # weight stored input first
             return Kronecker(Diagonal(A), B)
         return Kronecker(B, A)
@@ -121,8 +123,8 @@ def _absent(block: Block) -> dict[str, Tensor]:
     assert block.rows is not None
     rows, width = block.shape
     if not layer.rule.joint:
-        return {"A": zeros(block, rows), "B": zeros(block, width, width)}
+        return {"A": zeros(block, rows), "rows": zeros(block), "B": zeros(block, width, width)}
     groups = int(getattr(layer.module, "groups", 1))
     lead = (groups,) if groups > 1 else ()
     out = rows // groups
-    return {"A": zeros(block, *lead, width, width), "B": zeros(block, *lead, out, out)}
+    return {"A": zeros(block, *lead, width, width), "rows": zeros(block), "B": zeros(block, *lead, out, out)}
