@@ -77,7 +77,7 @@ def test_one_failure_in_float32_is_solved_in_float64(how: Any) -> None:
     preconditioner, model = train(Failing().script(1, how=how), dtype=torch.float32)
     assert counted(preconditioner) == {"retries_float64": 1}
     assert_close(theta(model).double(), theta(fit_dense(of("ggn"), steps=1)), rtol=1e-5, atol=1e-6)
-    assert all(t.dtype == torch.float32 for t in preconditioner._blocks[0].state.values() if isinstance(t, torch.Tensor))
+    assert all(t.dtype == torch.float32 for t in preconditioner._session.blocks[0].state.values() if isinstance(t, torch.Tensor))
 
 
 @HOW

@@ -83,7 +83,7 @@ def test_the_solve_is_made_in_float32_under_autocast(cell: tuple[str, str, str])
         criterion(model(X), Y).backward()
         raw = [p.grad.clone() for p in model[0].parameters()]
         optimizer.step()
-    block = next(b for b in preconditioner._blocks if b.plan.block.name == "0")
+    block = next(b for b in preconditioner._session.blocks if b.plan.block.name == "0")
     damped, (w, b) = block.plan.damping(block.operator()).to_dense().double(), (g.double() for g in raw)
     kron = cell[1] == "kron_io"
     vector = torch.cat([w, b[:, None]], 1).flatten() if kron else torch.cat([w.flatten(), b])

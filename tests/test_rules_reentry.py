@@ -120,11 +120,11 @@ def test_the_users_own_autograd_grad_leaves_nothing(kind: str, of_loss: bool, af
 def test_a_part_of_the_users_own_autograd_grad_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     preconditioner = make(loss_weights="given").attach(net(), nn.CrossEntropyLoss())
     x, y = batches(1)[0]
-    loss = preconditioner._resolved[0][0](preconditioner._model(x.requires_grad_()), y)
+    loss = preconditioner._session.criteria[0][0](preconditioner._session.model(x.requires_grad_()), y)
     torch.autograd.grad(loss, x, retain_graph=True)
-    assert preconditioner._observer.parts == []
+    assert preconditioner._session.observer.parts == []
     loss.backward()
-    assert len(preconditioner._observer.parts) == 1
+    assert len(preconditioner._session.observer.parts) == 1
 
 
 def penalised(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def observe(case: Case, repr: str, dtype: torch.dtype = torch.float64, matrix: s
     preconditioner.attach(model, criterion, optimizer)
     inputs, targets = (t.to(dtype) if t.is_floating_point() else t for t in (case.inputs, case.targets))
     plain(model, criterion, optimizer, inputs, targets)
-    assert preconditioner._observer.selfcheck.pending is False
+    assert preconditioner._session.observer.selfcheck.pending is False
     return preconditioner
 
 

@@ -64,7 +64,7 @@ def test_a_copy_is_nobodys_model(kind: str) -> None:
     for other in (copy.deepcopy(model), AveragedModel(model)):
         copy.deepcopy(criterion)(other(x), y).backward()
         criterion(other(x), y).backward()
-        assert preconditioner._observer.parts == []
+        assert preconditioner._session.observer.parts == []
         assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in other.modules()) <= 4  # inert
     plain(model, criterion, optimizer, *batches(2)[1])
     same(model, fit(KINDS[kind](), steps=2))

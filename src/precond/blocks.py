@@ -7,7 +7,7 @@ several (tied weights). A representation asks for blocks of a scope: the whole m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -150,16 +150,21 @@ def leading_size(seen: LayerColumns) -> int:
 class Partition:
     """Layers, parameters and blocks of a model (without its wrappers)."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.layers = _layers(model)
-        self.parameters = _parameters(model, self.layers)
-        self.tensors = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
-        """Canonical name -> the trainable parameter itself."""
+    def __init__(self, model: nn.Module, held: Callable[[], frozenset[int] | None] = lambda: None) -> None:
+        self.model, self._held = model, held
+        ids = held()
+        trainable = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
+        self.tensors = {n: p for n, p in trainable.items() if ids is None or id(p) in ids}
+        """Canonical name -> the parameter itself, for all that are trained."""
+        self.unheld = {n: tuple(p.shape) for n, p in trainable.items() if n not in self.tensors}
+        """Shapes of the trainable parameters that the optimizer does not hold."""
+        self.layers = _layers(model, self.tensors)
+        self.parameters = _parameters(self.tensors, self.layers)
         self._signature = self._present()
 
     def _present(self) -> tuple[int, ...]:
-        return tuple(id(p) for p in self.model.parameters() if p.requires_grad)
+        ids = self._held()
+        return tuple(id(p) for p in self.model.parameters() if p.requires_grad and (ids is None or id(p) in ids))
 
     def outdated(self) -> bool:
         """Whether a parameter was frozen, added or swapped since."""
@@ -223,9 +228,9 @@ def _used_by(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{name}.{inner}", p
 
 
-def _layers(model: nn.Module) -> dict[str, Layer]:
-    """Every module that uses a trainable parameter in its own forward."""
-    names = {id(p): canonical(n) for n, p in model.named_parameters()}
+def _layers(model: nn.Module, tensors: Mapping[str, nn.Parameter]) -> dict[str, Layer]:
+    """Every module that uses a trained parameter in its own forward."""
+    names = {id(p): n for n, p in tensors.items()}
     layers: dict[str, Layer] = {}
     claimed: set[int] = set()
     for raw, module in model.named_modules():
@@ -233,25 +238,22 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
             continue
         if _claims_subtree(module):
             claimed.update(id(inner) for inner in module.modules())
-        used = {local: names[id(p)] for local, p in _used_by(module) if p.requires_grad}
+        used = {local: names[id(p)] for local, p in _used_by(module) if id(p) in names}
         if used:
             name = canonical(raw)
             layers[name] = Layer(name, module, resolve_rule(module), used)
     return layers
 
 
-def _parameters(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Parameter]:
-    """Trainable parameters in the model's order, each owned by the first layer that uses it."""
+def _parameters(tensors: Mapping[str, nn.Parameter], layers: Mapping[str, Layer]) -> dict[str, Parameter]:
+    """Trained parameters in the model's order, each owned by the first layer that uses it."""
     uses: dict[str, list[tuple[str, str]]] = {}
     for layer in layers.values():
         for local, name in layer.parameters.items():
             uses.setdefault(name, []).append((layer.name, local))
     found: dict[str, Parameter] = {}
     start = 0
-    for raw, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        name = canonical(raw)
+    for name, p in tensors.items():
         users = uses[name]
         found[name] = Parameter(name, tuple(p.shape), start, users[0][0], tuple(users))
         start += p.numel()

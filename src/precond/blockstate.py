@@ -32,6 +32,11 @@ class BlockState:
         if self.plan.matrix.centred:
             self.spec |= centring.SPEC
 
+    @property
+    def name(self) -> str:
+        """The block's name."""
+        return self.plan.block.name
+
     def operator(self) -> Operator:
         """The operator that the present statistics stand for."""
         return self.plan.matrix.finish(self.plan.repr.operator(self.history.read(self.statistics, self.spec), self.plan.block))

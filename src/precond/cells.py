@@ -36,7 +36,8 @@ def resolve_kind(matrix: Matrix, representation: Representation) -> Kind | None:
 
 
 def _words(kinds: tuple[Kind, ...]) -> str:
-    return " or ".join({"columns": "columns (a, g)", "gradient": "the gradient of the step", "product": "products", "factors": "the moments of layer inputs"}[k] for k in kinds)
+    words = {"columns": "columns (a, g)", "gradient": "the gradient of the step", "product": "products", "factors": "the moments of layer inputs"}
+    return " or ".join(words[k] for k in kinds)
 
 
 def why_not(matrix: Matrix, representation: Representation, solver: Solver) -> str | None:

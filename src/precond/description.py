@@ -54,8 +54,9 @@ def describe(plan: Plan, states: Sequence[BlockState]) -> Description:
                 parameter.name, parameter.shape, p.block.name, p.triple, str(p.damping), "; ".join(notes), state.bytes_held() if i == 0 else 0
             )
     for name, reason in plan.left.items():
-        rows[name] = Row(name, plan.partition.parameters[name].shape, "-", "-", "-", reason, 0)
-    return Description(tuple(rows[name] for name in plan.partition.parameters))
+        shape = plan.partition.unheld[name] if name in plan.partition.unheld else plan.partition.parameters[name].shape
+        rows[name] = Row(name, shape, "-", "-", "-", reason, 0)
+    return Description(tuple(rows[name] for name in (*plan.partition.parameters, *plan.partition.unheld)))
 
 
 def _batch_statistics(module: object) -> bool:

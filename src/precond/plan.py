@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -81,42 +82,57 @@ class Plan:
 
 @dataclass
 class _Draft:
-    """Demands are shared: blocks with the same matrix and kind are fed by one pass."""
+    """A plan being made. Demands are shared: blocks with the same matrix and kind are fed by one pass."""
 
-    matrices: list[tuple[Matrix, Kind]] = field(default_factory=list)
-    layers: list[set[str]] = field(default_factory=list)
+    partition: Partition
+    strict: bool
+    blocks: list[BlockPlan] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    fed: list[tuple[Matrix, Kind, set[str]]] = field(default_factory=list)
 
-    def demand(self, matrix: Matrix, kind: Kind, layers: Sequence[str]) -> int:
-        if (matrix, kind) not in self.matrices:
-            self.matrices.append((matrix, kind))
-            self.layers.append(set())
-        number = self.matrices.index((matrix, kind))
-        self.layers[number].update(layers)
-        return number
+    def add(self, block: Block, triple: Triple, kind: Kind, note: str | None = None) -> None:
+        number = next((n for n, (m, k, _) in enumerate(self.fed) if (m, k) == (triple.matrix, kind)), len(self.fed))
+        if number == len(self.fed):
+            self.fed.append((triple.matrix, kind, set()))
+        self.fed[number][2].update(block.layers)
+        damping = resolve(triple.damping, triple.solver.natural_damping(triple.repr.structure))
+        self.blocks.append(BlockPlan(block, triple.matrix, triple.repr, triple.solver, damping, kind, number, note))
 
+    def leave(self, owner: str, reason: str) -> None:
+        """A layer that the user did not ask to leave out has no curvature: said once, and shown by `describe()`."""
+        if self.strict:
+            raise InvalidCombination(f"layer {owner!r} cannot be preconditioned: {reason}. Leave it out, overrides={{{owner!r}: None}}.")
+        warnings.warn(
+            f"layer {owner!r} keeps its plain gradient: {reason}. Say so with overrides={{{owner!r}: None}}, or give it another matrix there.",
+            stacklevel=2,
+        )
+        self.left |= dict.fromkeys((p.name for p in self.partition.owned(owner)), reason)
 
-    def demands(self, partition: Partition, blocks: Sequence[BlockPlan]) -> Iterator[Demand]:
-        for number, ((matrix, kind), layers) in enumerate(zip(self.matrices, self.layers, strict=True)):
-            names = [n for b in blocks if b.demand == number for n in b.block.names]
-            yield Demand(matrix, kind, frozenset(layers), {n: partition.tensors[n] for n in names})
+    def demands(self) -> Iterator[Demand]:
+        for number, (matrix, kind, layers) in enumerate(self.fed):
+            names = [n for b in self.blocks if b.demand == number for n in b.block.names]
+            yield Demand(matrix, kind, frozenset(layers), {n: self.partition.tensors[n] for n in names})
 
 
 def make_plan(partition: Partition, default: Triple, overrides: Overrides | None, strict: bool) -> Plan:
     """Resolve every trainable parameter to a block or to the reason it has none."""
+    if not partition.parameters and partition.unheld:
+        raise UsageError("the optimizer holds none of the model's trainable parameters: build it from model.parameters() of this model.")
     if not partition.parameters:
         raise UsageError("the model has no trainable parameters (requires_grad is False on all of them): there is nothing to precondition.")
     chosen = _choose(partition, default, overrides or {})
-    left = {p.name: "left by an override" for owner, triple in chosen.items() if triple is None for p in partition.owned(owner)}
+    draft = _Draft(partition, strict)
+    draft.left |= {p.name: "left by an override" for owner, triple in chosen.items() if triple is None for p in partition.owned(owner)}
+    draft.left |= dict.fromkeys(partition.unheld, "not in the optimizer")
     groups: dict[int, tuple[Triple, list[str]]] = {}
     for owner, triple in chosen.items():
         if triple is not None and partition.owned(owner):
             groups.setdefault(id(triple), (triple, []))[1].append(owner)
-    draft, blocks = _Draft(), []
     for triple, owners in groups.values():
-        blocks += _plan_group(partition, triple, owners, strict, draft)
-    demands = tuple(draft.demands(partition, blocks))
+        _plan_group(draft, triple, owners)
+    demands = tuple(draft.demands())
     _refuse_layers(partition, demands)
-    return Plan(partition, tuple(blocks), demands, left)
+    return Plan(partition, tuple(draft.blocks), demands, draft.left)
 
 
 def _choose(partition: Partition, default: Triple, overrides: Overrides) -> dict[str, Triple | None]:
@@ -146,41 +162,47 @@ def _matches(key: Any, name: str, module: nn.Module) -> bool:
     raise UsageError(f"an override is keyed by a module-name glob, a module class or a module, not by {key!r}.")
 
 
-def _plan_group(partition: Partition, triple: Triple, owners: Sequence[str], strict: bool, draft: _Draft) -> list[BlockPlan]:
-    kind = triple.check()
+def _plan_group(draft: _Draft, triple: Triple, owners: Sequence[str]) -> None:
+    """The blocks of the layers that share a triple."""
+    kind, partition = triple.check(), draft.partition
+    if kind == "factors":
+        for owner in owners:
+            if not partition.layers[owner].rule.linear:
+                draft.leave(owner, f"matrix {triple.matrix.name!r} is made of layer inputs that a weight multiplies, and it has none")
+        owners = [owner for owner in owners if partition.layers[owner].rule.linear]
     if triple.repr.scope == "model":
-        return [_block_plan(block, triple, kind, draft) for block in partition.blocks(owners, "model")]
-    made = []
+        for block in partition.blocks(owners, "model"):
+            draft.add(block, triple, kind)
+        return
     for owner in owners:
         blocks = partition.blocks([owner], triple.repr.scope)
         reason = next((why for block in blocks if (why := triple.repr.hosts(block)) is not None), None)
         if reason is None:
-            made += [_block_plan(block, triple, kind, draft) for block in blocks]
-            continue
-        if strict:
+            for block in blocks:
+                draft.add(block, triple, kind)
+        elif draft.strict:
             raise InvalidCombination(
                 f"representation {triple.repr.name!r} cannot host layer {owner!r} ({type(partition.layers[owner].module).__name__}): {reason}. "
                 f"Give it another one, overrides={{{owner!r}: dict(repr=...)}}, or strict=False for the fallback {triple.repr.fallback(blocks[0])!r}."
             )
-        made += _fall_back(partition, triple, owner, blocks[0], reason, draft)
-    return made
+        else:
+            _fall_back(draft, triple, owner, blocks[0], reason)
 
 
-def _fall_back(partition: Partition, triple: Triple, owner: str, block: Block, reason: str, draft: _Draft) -> list[BlockPlan]:
+def _fall_back(draft: _Draft, triple: Triple, owner: str, block: Block, reason: str) -> None:
+    """The declared fallback of a representation that cannot host a layer, with the solver that its structure needs."""
     representation = REPRESENTATIONS.create(triple.repr.fallback(block))
     solver = triple.solver if triple.solver.takes(representation.structure) else Elementwise(power=triple.solver.power)
     damping = triple.damping
     if isinstance(damping, Damping) and cells.why_not_damping(representation, solver, damping) is not None:
         damping = float(damping.value)  # the same amount, in the form natural to the fallback
     instead = Triple(triple.matrix, representation, solver, damping)
-    note = f"{triple.repr.name}: {reason}"
-    return [_block_plan(b, instead, instead.check(), draft, note) for b in partition.blocks([owner], representation.scope)]
-
-
-def _block_plan(block: Block, triple: Triple, kind: Kind, draft: _Draft, note: str | None = None) -> BlockPlan:
-    damping = resolve(triple.damping, triple.solver.natural_damping(triple.repr.structure))
-    number = draft.demand(triple.matrix, kind, list(block.layers))
-    return BlockPlan(block, triple.matrix, triple.repr, triple.solver, damping, kind, number, note)
+    impossible = cells.why_not(triple.matrix, representation, solver)
+    if impossible is not None:
+        draft.leave(owner, f"{triple.repr.name}: {reason}; and {impossible}")
+        return
+    for fallback in draft.partition.blocks([owner], representation.scope):
+        draft.add(fallback, instead, instead.check(), f"{triple.repr.name}: {reason}")
 
 
 def _refuse_layers(partition: Partition, demands: Sequence[Demand]) -> None:

@@ -65,7 +65,7 @@ def curvature(
         _refuse_batch_statistics(plain)
     with _unchanged(plain):
         key = int(torch.randint(2**31, ()).item()) if seed is None else seed
-        observer = Observer(plain, plan.observed_layers(), plan.demands, due=lambda: True, step=lambda: 0, seed=key, rows=rows)
+        observer = Observer(plain, plan.observed_layers(), plan.demands, due=lambda: True, step=lambda: 0, seed=lambda: key, params=[], rows=rows)
         observer.watch_model()
         try:
             gradients = _record(observer, plan, criterion, likelihood, data)

@@ -97,12 +97,13 @@ class Observer:
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, nn.Module], demands: Sequence[Demand], *, due: Callable[[], bool],
-        step: Callable[[], int], seed: int, rank: int = 0, rows: Mapping[str, str] | None = None, selfcheck: SelfCheck | None = None,
-        renew: Callable[[], Observer | None] = lambda: None,
+        step: Callable[[], int], seed: Callable[[], int], params: Sequence[nn.Parameter], rank: int = 0,
+        rows: Mapping[str, str] | None = None, selfcheck: SelfCheck | None = None, renew: Callable[[], Observer | None] = lambda: None,
     ) -> None:  # fmt: skip
         self.renew = renew
         self.model, self.layers, self.demands = model, dict(layers), list(demands)
         self.due, self.step, self.seed, self.rank = due, step, seed, rank
+        self.params = list(params)
         self.rows, self.selfcheck = dict(rows or {}), selfcheck
         self.parts: list[CriterionCall] = []
         self.clock = Clock()
@@ -281,7 +282,7 @@ class Observer:
 
     def context(self, part: CriterionCall, number: int) -> Context:
         """What demand `number` may look at; its generator is keyed, so a replay draws the same labels again."""
-        generator = keyed_generator(part.output.device, self.seed, part.step, part.index, self.rank, number)
+        generator = keyed_generator(part.output.device, self.seed(), part.step, part.index, self.rank, number)
         return Context(part.likelihood, part.output.detach(), part.target, part.forward.batch, generator)
 
     def nested(self, part: CriterionCall, number: int) -> list[LayerColumns]:
@@ -296,11 +297,8 @@ class Observer:
         found = batched_grad([part.output], list(demand.params.values()), [cotangents.to(part.output.dtype)])
         return {n: torch.zeros_like(p) if g is None else g[0].detach() for (n, p), g in zip(demand.params.items(), found, strict=True)}
 
-    def _params(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
     def _begin_backward(self) -> None:
-        params = self._params()
+        params = self.params
         if self.parts and self._abandoned(params):
             self.parts = []
         self._passes += 1
@@ -323,7 +321,7 @@ class Observer:
         this, self.clock.backward = self.clock.backward, None
         if this is None:
             return
-        params = self._params()
+        params = self.params
         now = [(p.grad is None, 0 if p.grad is None else p.grad._version) for p in params]
         accumulated = now != self._marks or len(now) != len(self._marks)
         self._versions_after = [version for _, version in now]

@@ -1,0 +1,71 @@
+"""From gradients to directions: gather by block, transform, apply, and let nothing through that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precond import numerics
+from precond.blockstate import BlockState
+from precond.diagnostics import Diagnostics
+from precond.errors import SolverFailure
+from precond.observe import Tensors
+from precond.options import OnNonfinite
+from precond.transforms import Transform
+
+
+def directions(
+    blocks: Sequence[BlockState], gradients: Tensors, transforms: Sequence[tuple[Transform, dict[str, Any]]], rates: Mapping[str, float],
+    started: bool, diagnostics: Diagnostics,
+) -> tuple[Tensors, Tensors]:  # fmt: skip
+    """(direction, raw gradient) by block, for the blocks that have a gradient in this step.
+
+    started: whether the preconditioner is applied yet; before, the direction is the transformed gradient.
+    """
+    raw = {b.name: b.plan.block.gather(_filled(b, gradients)) for b in blocks if any(n in gradients for n in b.plan.block.names)}
+    vectors = raw
+    for transform, state in transforms:
+        vectors = transform.before(vectors, state)
+    found = {b.name: _apply(b, vectors[b.name], diagnostics) if started else vectors[b.name] for b in blocks if b.name in raw}
+    for transform, state in transforms:
+        found = transform.after(vectors, found, rates, state, started)
+    return found, raw
+
+
+def _filled(block: BlockState, gradients: Tensors) -> Tensors:
+    """The gradients of a block's parameters, zeros for those that have none in this step."""
+    names = block.plan.block.names
+    if all(n in gradients for n in names):
+        return gradients
+    like = next(gradients[n] for n in names if n in gradients)
+    return {p.name: gradients[p.name] if p.name in gradients else like.new_zeros(p.shape) for p in block.plan.block.parameters}
+
+
+def _apply(block: BlockState, vector: Tensor, diagnostics: Diagnostics) -> Tensor:
+    try:
+        return block.apply(vector)
+    except SolverFailure:  # a solve that broke down: this block does not move in this step
+        diagnostics.count("solves_failed")
+        return torch.zeros_like(vector)
+
+
+def finite_only(
+    blocks: Sequence[BlockState], found: Tensors, raw: Tensors, on_nonfinite: OnNonfinite, step: int, diagnostics: Diagnostics
+) -> Tensors | None:
+    """Directions by parameter, zero for a block that is not finite; None where the whole step is to be skipped."""
+    flags = {name: numerics.all_finite([raw[name], direction]) for name, direction in found.items()}
+    if on_nonfinite != "zero" and flags and not bool(torch.stack(list(flags.values())).all()):
+        bad = ", ".join(name for name, flag in flags.items() if not bool(flag))
+        if on_nonfinite == "raise":
+            raise FloatingPointError(f"the gradient or direction of {bad} is not finite at step {step}.")
+        diagnostics.count("steps_skipped")
+        return None
+    out: Tensors = {}
+    for b in blocks:
+        if b.name in found:
+            diagnostics.count("directions_zeroed", ~flags[b.name])
+            out.update(b.plan.block.scatter(torch.where(flags[b.name], found[b.name], 0.0)))
+    return out

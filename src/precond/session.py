@@ -1,0 +1,187 @@
+"""A preconditioner bound to a model: plan, observer and blocks, and what a step does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precond import numerics
+from precond.blocks import Block, Partition
+from precond.blockstate import BlockState
+from precond.directions import directions, finite_only
+from precond.distributed import Group
+from precond.errors import UsageError
+from precond.likelihoods import Likelihood
+from precond.observe import Observer, SelfCheck, Tensors
+from precond.options import Options, check_history
+from precond.plan import Plan, Triple, make_plan
+from precond.progress import Progress
+from precond.update import Assembly
+
+_FAILURE_LIMIT = 3
+_RUNGS = {"float64": "retries_float64", "damping": "retries_damping", "cpu": "retries_cpu", "kept": "blocks_kept"}
+
+
+class Session:
+    """One binding, from `attach` to `remove`.
+
+    held: the ids of the parameters that the optimizer updates, None where there is no optimizer. rate: the learning
+    rate of a parameter. amp_scale: what the loss was multiplied by, where a scaler was given.
+    """
+
+    def __init__(
+        self, triple: Triple, options: Options, progress: Progress, model: nn.Module, group: Group,
+        criteria: Sequence[tuple[object, Likelihood]], held: Callable[[], frozenset[int] | None], rate: Callable[[nn.Parameter], float],
+        amp_scale: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self.triple, self.options, self.progress = triple, options, progress
+        self.model, self.group, self.criteria = model, group, criteria
+        self.held, self.rate, self.amp_scale = held, rate, amp_scale
+        self.blocks: list[BlockState] = []
+        self._written: list[tuple[int, int]] = []
+        self.plan = self._plan()
+        self.observer = self._observe_with(self.plan)
+
+    # -- planning ------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_criterion(self) -> bool:
+        """Whether any block is made of the criterion's calls."""
+        return any(p.matrix.needs_criterion for p in self.plan.blocks)
+
+    def due(self) -> bool:
+        """Whether this step observes."""
+        return self.options.curvature.due(self.progress.step)
+
+    def _plan(self) -> Plan:
+        """Partition the model; blocks that a new plan leaves unchanged keep their state."""
+        plan = make_plan(Partition(self.model, self.held), self.triple, self.options.overrides, self.options.strict)
+        kept = {b.name: b for b in self.blocks}
+        self.blocks = []
+        for block_plan in plan.blocks:
+            check_history(self.options.history, block_plan.repr)
+            fresh, old = BlockState(block_plan, self.options.history), kept.get(block_plan.block.name)
+            if old is not None and _coordinates(old.plan.block) == _coordinates(block_plan.block) and old.plan.triple == block_plan.triple:
+                fresh.statistics, fresh.state, fresh.failures = old.statistics, old.state, old.failures
+            self.blocks.append(fresh)
+        return plan
+
+    def _observe_with(self, plan: Plan) -> Observer:
+        layers = plan.observed_layers()
+        check = None
+        if self.options.self_check and layers:
+            names = {p.name: b.block.name for b in plan.blocks if b.kind == "columns" for p in b.block.parameters}
+            partition = plan.partition
+            check = SelfCheck(lambda seen: partition.layers[seen.name].total(seen), names)
+        observer = Observer(
+            self.model, layers, plan.demands, due=self.due, step=lambda: self.progress.step, seed=lambda: self.progress.seed,
+            params=list(plan.partition.tensors.values()), rank=self.group.rank, rows=self.options.rows, selfcheck=check, renew=self.renew,
+        )  # fmt: skip
+        if any(p.matrix.needs_criterion for p in plan.blocks):
+            observer.watch_model()
+            for criterion, likelihood in self.criteria:
+                if isinstance(criterion, nn.Module):
+                    observer.watch_criterion(criterion, likelihood)
+        return observer
+
+    def renew(self) -> Observer | None:
+        """Plan again where a parameter was frozen, added or swapped; what was observed in this step stays, by matrix and kind."""
+        if not self.plan.partition.outdated():
+            return None
+        old, parts = self.plan, self.observer.parts
+        self.observer.remove()
+        self.plan = self._plan()
+        self.observer = self._observe_with(self.plan)
+        numbers = {(d.matrix, d.kind): number for number, d in enumerate(self.plan.demands)}
+        for part in parts:
+            kept = {numbers.get((old.demands[n].matrix, old.demands[n].kind)): columns for n, columns in part.columns.items()}
+            part.columns = {n: columns for n, columns in kept.items() if n is not None}
+        self.observer.parts = parts
+        return self.observer
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def rewrite(self, scale: Tensor | None) -> bool:
+        """Observe, refresh, apply and write into p.grad; False where no parameter has a gradient.
+
+        scale: AMP's, where a fused optimizer unscales inside its kernel.
+        """
+        self.renew()
+        params = {n: p for n, p in self.plan.partition.tensors.items() if p.grad is not None}
+        if not params:
+            return False
+        if list(_marks(params)) == self._written:
+            raise UsageError("step() was called twice for one backward pass: p.grad holds the preconditioned gradient already.")
+        gradients = {n: _wide(p.grad) if scale is None else _wide(p.grad) / scale for n, p in params.items() if p.grad is not None}
+        with numerics.full_precision(next(iter(params.values())).device.type):  # a whole loop may be under autocast
+            if self.due():
+                self._observe(gradients)
+            self._write(params, self._directions(gradients), scale)
+        self._written = list(_marks(params))
+        return True
+
+    def _observe(self, gradients: Tensors) -> None:
+        if not self.observer.parts and self.needs_criterion:
+            raise UsageError(
+                "this step differentiated no loss that the preconditioner saw: compute it with the attached criterion on the model's output "
+                "(under gradients), or call observe(loss, output, target) before loss.backward()."
+            )
+        names = {p.name for b in self.plan.blocks if b.kind == "gradient" for p in b.block.parameters}
+        tensors = self.plan.partition.tensors
+        complete = {n: gradients[n] if n in gradients else torch.zeros_like(_wide(tensors[n])) for n in names}
+        assembly = Assembly(self.plan, self.observer, self.group, self.options.loss_weights, self.amp_scale())
+        observations = assembly.observations(complete)
+        for stage in dict.fromkeys(s for b in self.blocks for s in b.plan.repr.stages):
+            for flag in assembly.merge(self.blocks, observations, stage):
+                self.progress.diagnostics.count("observations_dropped", ~flag)
+        self.progress.diagnostics.count("observations")
+        if self.options.solver.due(self.progress.step) or any(b.state is None for b in self.blocks):
+            self._refresh()
+
+    def _refresh(self) -> None:
+        for block in self.blocks:
+            rung = block.refresh(_FAILURE_LIMIT)
+            if rung is not None and rung != "kept":
+                self.progress.diagnostics.count("refreshes")
+            if rung in _RUNGS:
+                self.progress.diagnostics.count(_RUNGS[rung])
+
+    def _directions(self, gradients: Tensors) -> Tensors | None:
+        options, progress = self.options, self.progress
+        transforms = list(zip(options.transforms, progress.transforms, strict=True))
+        tensors = self.plan.partition.tensors
+        rates = {b.name: self.rate(tensors[b.plan.block.names[0]]) for b in self.blocks} if transforms else {}
+        found, raw = directions(self.blocks, gradients, transforms, rates, progress.step >= options.start_step, progress.diagnostics)
+        return finite_only(self.blocks, found, raw, options.on_nonfinite, progress.step, progress.diagnostics)
+
+    def _write(self, params: dict[str, nn.Parameter], found: Tensors | None, scale: Tensor | None) -> None:
+        for name, p in params.items():
+            if found is None:  # the whole step is skipped: an optimizer leaves a parameter without a gradient alone
+                p.grad = None
+            elif name in found and p.grad is not None:
+                p.grad.copy_(found[name] if scale is None else found[name] * scale)
+
+    def end_step(self) -> None:
+        """Clear what belongs to the step."""
+        self.observer.forget()
+        for block in self.blocks:
+            block.end_step()
+        self.progress.step += 1
+        self.progress.diagnostics.count("steps")
+
+
+def _marks(params: dict[str, nn.Parameter]) -> Iterator[tuple[int, int]]:
+    """Which tensors the gradients are, and how often they were written to."""
+    return ((id(p.grad), p.grad._version) for p in params.values() if p.grad is not None)
+
+
+def _coordinates(block: Block) -> tuple[Any, ...]:
+    return block.rows, [(p.name, p.shape) for p in block.parameters]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
