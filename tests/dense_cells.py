@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import dense
+import dense_derived
 import dense_kron
 from nets import CASES, Case, labels, seeded
 
@@ -51,8 +52,12 @@ MATRICES: dict[str, Callable[..., Tensor]] = {
     "fisher_mc": dense.fisher_mc,
     "empirical_fisher": dense.empirical_fisher,
     "batched_empirical_fisher": dense.batched_empirical_fisher,
+    "abs_hessian": dense_derived.abs_hessian,
+    "gradient_covariance": dense_derived.gradient_covariance,
+    "batched_fisher_mc": dense_derived.batched_fisher_mc,
+    "input_second_moment": dense_derived.input_second_moment,
 }
-NO_COLUMNS = ("hessian", "batched_empirical_fisher")
+NO_COLUMNS = ("hessian", "abs_hessian", "batched_empirical_fisher", "batched_fisher_mc", "input_second_moment")
 
 
 def _data(case: Case) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
@@ -74,7 +79,7 @@ def cotangents(case: Case, matrix: str, sampled: Tensor | None = None) -> Tensor
     if sampled is not None:
         return sampled
     output = dense.predict(case.make(), case.inputs)
-    if matrix == "empirical_fisher":
+    if matrix in ("empirical_fisher", "gradient_covariance"):
         output.requires_grad_()
         return torch.autograd.grad(dense.term_losses(case.criterion, output, case.targets).sum(), output)[0].unsqueeze(0)
     return dense.exact_cotangents(case.criterion, output, case.targets, dense.batch_size(case.inputs))
@@ -119,6 +124,9 @@ def columns(case: Case, matrix: str, sampled: Tensor | None = None) -> tuple[Ten
     if matrix == "batched_empirical_fisher":
         return dense.gradient(model, criterion, inputs, targets).unsqueeze(0), 1.0
     sent = cotangents(case, matrix, sampled)
+    if matrix == "batched_fisher_mc":
+        total = dense.column_gradients(model, criterion, inputs, sent)[0].sum(0, keepdim=True)
+        return total, dense.scale(criterion, dense.predict(model, inputs), targets)
     rows = one_pass(model, inputs, sent) if mixes(model) else dense.column_gradients(model, criterion, inputs, sent)
     return rows.flatten(0, 1), dense.scale(criterion, dense.predict(model, inputs), targets)
 
@@ -128,7 +136,7 @@ def held(case: Case, matrix: str, sampled: Tensor | None = None) -> Tensor:
     if matrix in NO_COLUMNS or not mixes(case.make()):
         return whole(case, matrix, sampled)
     rows, factor = columns(case, matrix, sampled)
-    return factor * rows.T @ rows
+    return dense_derived.centred(rows, factor) if matrix == "gradient_covariance" else factor * rows.T @ rows
 
 
 def _diagonal(case: Case, matrix: str, sampled: Tensor | None) -> Tensor:
@@ -171,8 +179,10 @@ def _where(places: dict[str, slice], names: list[str]) -> Tensor:
 
 
 def kron_io(case: Case, matrix: str, sampled: Tensor | None = None, sharing: str = "expand") -> Tensor:
-    """K-FAC: B (x) A a layer, A (x) B for an Embedding, one product a group, the fallbacks elsewhere."""
+    """K-FAC: B (x) A a layer, A (x) B for an Embedding, one product a group, the fallbacks elsewhere; I (x) A from inputs alone."""
     model, criterion, inputs, targets = _data(case)
+    if matrix == "input_second_moment":
+        return dense_derived.input_second_moment(model, criterion, inputs, targets, reduce=sharing == "reduce")
     M, sent = held(case, matrix, sampled), cotangents(case, matrix, sampled)
     found = {"unit": dense.project_unit(M, model), "diagonal": dense.project_diagonal(M)}
     places, result = dense.positions(model), torch.zeros_like(M)
@@ -202,7 +212,7 @@ def kron_dim_factors(case: Case, matrix: str, sampled: Tensor | None = None) -> 
     return {name: dense_kron.kron_dim(part, factor) for name, part in dense.split(rows, case.make()).items()}
 
 
-REPRESENTATIONS: dict[str, Callable[[Case, str, Tensor | None], Tensor]] = {
+_PROJECTED: dict[str, Callable[[Case, str, Tensor | None], Tensor]] = {
     "full": held,
     "matrix_free": whole,  # products pass through the whole batch at once, and are exact where examples mix
     "layer": lambda case, matrix, sampled: dense.project_layer(held(case, matrix, sampled), case.make()),
@@ -210,3 +220,17 @@ REPRESENTATIONS: dict[str, Callable[[Case, str, Tensor | None], Tensor]] = {
     "diagonal": _diagonal,
     "kron_io": kron_io,
 }
+
+
+def _finished(project: Callable[[Case, str, Tensor | None], Tensor]) -> Callable[[Case, str, Tensor | None], Tensor]:
+    """What is not linear comes last: the absolute value is that of the projection of H."""
+
+    def expected(case: Case, matrix: str, sampled: Tensor | None = None) -> Tensor:
+        if matrix == "abs_hessian":
+            return dense_derived.absolute(project(case, "hessian", sampled))
+        return project(case, matrix, sampled)
+
+    return expected
+
+
+REPRESENTATIONS = {name: _finished(project) for name, project in _PROJECTED.items()}

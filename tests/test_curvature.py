@@ -25,35 +25,39 @@ import dense
 import dense_cells
 import precond
 from dense_cells import ALL
+from nets import normal
+from pairs import LEFT, PAIRS, SAMPLED, exactly
 from precond import matrices, representations
 from precond.blocks import Partition
-from precond.cells import resolve_kind
-from precond.matrices import FisherMC
+from precond.matrices import BatchedFisherMC, FisherMC
 from precond.plan import Triple, make_plan
 from precond.representations import KronDim, KronIO
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 
-PAIRS = [(m, r) for m in matrices.names() for r in representations.names() if resolve_kind(matrices.get(m)(), representations.get(r)())]
 GRID = [(case, m, r) for case in ALL for m, r in PAIRS]
 
 
 def curve(case: Any, matrix: Any, repr: Any, **options: Any) -> Any:
-    return precond.curvature(case.make(), case.criterion, case.inputs, case.targets, matrix=matrix, repr=repr, seed=11, **options)
+    model = case.make()
+    matrix = exactly(matrix, repr, model)
+    return precond.curvature(model, case.criterion, case.inputs, case.targets, matrix=matrix, repr=repr, seed=11, **options)
 
 
 class Spy:
-    """Records what FisherMC sent back."""
+    """Records what the matrices of drawn labels sent back."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sent: list[Tensor] = []
-        original = FisherMC.cotangents
+        for kind in (FisherMC, BatchedFisherMC):
+            monkeypatch.setattr(kind, "cotangents", self.recorded(kind.cotangents))
 
-        def recorded(matrix: FisherMC, context: Any) -> Tensor:
+    def recorded(self, original: Any) -> Any:
+        def cotangents(matrix: Any, context: Any) -> Tensor:
             self.sent.append(original(matrix, context))
             return self.sent[-1]
 
-        monkeypatch.setattr(FisherMC, "cotangents", recorded)
+        return cotangents
 
     def only(self) -> Tensor | None:
         """The one draw; None where nothing was drawn."""

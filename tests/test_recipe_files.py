@@ -91,8 +91,8 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert built.triple.matrix == precond.matrices.FisherMC(samples=2)
     assert built.triple.repr == precond.representations.KronIO(sharing="reduce")
     assert built.triple.solver.name == "eigen"
-    assert built.history == precond.history.Ema(0.5)
-    assert built.transforms == (precond.transforms.KLClip(0.25), precond.transforms.NormClip(2))
+    assert built.options.history == precond.history.Ema(0.5)
+    assert built.options.transforms == (precond.transforms.KLClip(0.25), precond.transforms.NormClip(2))
     criterion = nn.CrossEntropyLoss()
     built.attach(model, criterion, optimizer)
     criterion(model(torch.randn(4, 2)), torch.tensor([0, 1, 1, 0])).backward()

@@ -157,11 +157,12 @@ def test_any_argument_can_be_overridden() -> None:
     assert (changed.triple.matrix.name, changed.triple.solver.name) == ("ggn", "eigen")
     assert changed.triple.repr.sharing == "reduce"  # type: ignore[attr-defined]
     assert changed.triple.damping == precond.damping.Tikhonov(0.5)
-    assert (changed.transforms, changed.history) == ((), precond.history.Local())
-    assert [changed.curvature_schedule.due(step) for step in range(3)] == [True, False, True]
-    assert [changed.solver_schedule.due(step) for step in range(3)] == [True, False, False]
-    assert (changed.start_step, changed.overrides, changed.strict, changed.seed) == (3, {"0": None}, True, 11)
-    assert (changed.loss_weights, changed.on_nonfinite, changed.rows, changed.self_check) == ("given", "skip", {"2": "flattened"}, False)
+    assert (changed.options.transforms, changed.options.history) == ((), precond.history.Local())
+    options = changed.options
+    assert [options.curvature.due(step) for step in range(3)] == [True, False, True]
+    assert [options.solver.due(step) for step in range(3)] == [True, False, False]
+    assert (options.start_step, options.overrides, options.strict, changed.seed) == (3, {"0": None}, True, 11)
+    assert (options.loss_weights, options.on_nonfinite, options.rows, options.self_check) == ("given", "skip", {"2": "flattened"}, False)
     assert precond.recipe("kfac").triple.matrix.name == "fisher_mc", "the recipe itself is unchanged"
 
 

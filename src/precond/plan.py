@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from precond import cells
 from precond.blocks import Block, Partition
@@ -16,7 +16,7 @@ from precond.damping import Damping, resolve
 from precond.errors import InvalidCombination, ObservationError, UsageError
 from precond.matrices import REGISTRY as MATRICES
 from precond.matrices import Matrix
-from precond.observe import Demand, Kind
+from precond.observe import Columns, Demand, Kind, Part
 from precond.representations import REGISTRY as REPRESENTATIONS
 from precond.representations import Representation
 from precond.solvers import REGISTRY as SOLVERS
@@ -110,8 +110,22 @@ class _Draft:
 
     def demands(self) -> Iterator[Demand]:
         for number, (matrix, kind, layers) in enumerate(self.fed):
-            names = [n for b in self.blocks if b.demand == number for n in b.block.names]
-            yield Demand(matrix, kind, frozenset(layers), {n: self.partition.tensors[n] for n in names})
+            blocks = [b for b in self.blocks if b.demand == number]
+            params = {n: self.partition.tensors[n] for b in blocks for n in b.block.names}
+            yield Demand(matrix, kind, frozenset(layers), params, _reducer(matrix, kind, blocks))
+
+
+def _reducer(matrix: Matrix, kind: Kind, blocks: Sequence[BlockPlan]) -> Callable[[Part], dict[str, dict[str, Tensor]]] | None:
+    """Columns to statistics at once, where all blocks of a demand keep means that add over columns."""
+    stats = [s for b in blocks for s in b.repr.statistics(b.block).values()]
+    if kind != "columns" or any(b.repr.stages != ("all",) for b in blocks) or any(s.kind != "mean" for s in stats):
+        return None
+
+    def reduce(part: Part) -> dict[str, dict[str, Tensor]]:
+        observation = Columns((part,), part.share, matrix.centred)
+        return {b.block.name: b.repr.measure("all", observation, b.block, {}) for b in blocks}
+
+    return reduce
 
 
 def make_plan(partition: Partition, default: Triple, overrides: Overrides | None, strict: bool) -> Plan:
@@ -167,9 +181,10 @@ def _plan_group(draft: _Draft, triple: Triple, owners: Sequence[str]) -> None:
     kind, partition = triple.check(), draft.partition
     if kind == "factors":
         for owner in owners:
-            if not partition.layers[owner].rule.linear:
-                draft.leave(owner, f"matrix {triple.matrix.name!r} is made of layer inputs that a weight multiplies, and it has none")
-        owners = [owner for owner in owners if partition.layers[owner].rule.linear]
+            reason = _why_no_inputs(partition, owner)
+            if reason is not None:
+                draft.leave(owner, f"matrix {triple.matrix.name!r} is made of layer inputs that a weight multiplies, and {reason}")
+        owners = [owner for owner in owners if _why_no_inputs(partition, owner) is None]
     if triple.repr.scope == "model":
         for block in partition.blocks(owners, "model"):
             draft.add(block, triple, kind)
@@ -187,6 +202,17 @@ def _plan_group(draft: _Draft, triple: Triple, owners: Sequence[str]) -> None:
             )
         else:
             _fall_back(draft, triple, owner, blocks[0], reason)
+
+
+def _why_no_inputs(partition: Partition, owner: str) -> str | None:
+    """Why a layer's parameters have no moment of inputs, or None."""
+    layer = partition.layers[owner]
+    weight = next((p for p in partition.owned(owner) if p.name == layer.parameters.get("weight")), None)
+    if not layer.rule.linear or weight is None:
+        return "it has none"
+    if any(partition.layers[user].rule is not layer.rule for user, _ in weight.uses):
+        return "its weight is tied between layers of different kinds, where inputs and outputs exchange roles"
+    return None
 
 
 def _fall_back(draft: _Draft, triple: Triple, owner: str, block: Block, reason: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from precond import likelihoods, saving
+from precond.blockstate import BlockState
 from precond.damping import Damping
 from precond.description import Description, describe
 from precond.diagnostics import Diagnostics
@@ -85,6 +86,7 @@ class Preconditioner:
         drawn = int(torch.randint(2**31, ()).item()) if seed is None else seed
         self._progress = Progress(drawn, [{} for _ in self.options.transforms])
         self._session: Session | None = None
+        self._blocks: list[BlockState] = []  # of the last binding: readable after `remove`, continued by another `attach`
         self._hooks: OptimizerHooks | None = None
         self._pending: Mapping[str, Any] | None = None
 
@@ -118,6 +120,7 @@ class Preconditioner:
             self._session = Session(
                 self.triple, self.options, self._progress, unwrap(model), Group(model), criteria,
                 held=self._held, rate=self._rate, amp_scale=(lambda: float(scaler.get_scale())) if scaler is not None else lambda: 1.0,
+                blocks=self._blocks,
             )  # fmt: skip
             if not criteria and self._session.needs_criterion:
                 raise UsageError(
@@ -144,9 +147,10 @@ class Preconditioner:
         return 1.0
 
     def remove(self) -> None:
-        """Leave no hook behind."""
+        """Leave no hook behind; the statistics stay readable, and another `attach` goes on with them."""
         if self._session is not None:
             self._session.observer.remove()
+            self._blocks = self._session.blocks
         if self._hooks is not None:
             self._hooks.remove()
         self._session = self._hooks = None
@@ -198,7 +202,10 @@ class Preconditioner:
     @property
     def operators(self) -> dict[str, Operator]:
         """Block name -> the operator of the present statistics; matrix-free ones live only within a step."""
-        return {b.name: b.operator() for b in self._attached().blocks if b.measured()}
+        return {b.name: b.operator() for b in self._known() if b.measured()}
+
+    def _known(self) -> list[BlockState]:
+        return self._blocks if self._session is None else self._session.blocks
 
     def describe(self) -> Description:
         """A table: every trainable parameter, its block, its triple, damping, bytes held, and why it has none."""
@@ -207,7 +214,7 @@ class Preconditioner:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only, by canonical names: `torch.load(weights_only=True)` reads it."""
-        return saving.save(self._progress, self._attached().blocks)
+        return saving.save(self._progress, self._known())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state, before or after `attach`; raises where it belongs to another model or triple."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from precond.plan import Plan, Triple, make_plan
 from precond.progress import Progress
 from precond.update import Assembly
 
+T = TypeVar("T")
 _FAILURE_LIMIT = 3
 _RUNGS = {"float64": "retries_float64", "damping": "retries_damping", "cpu": "retries_cpu", "kept": "blocks_kept"}
 
@@ -29,18 +30,19 @@ class Session:
     """One binding, from `attach` to `remove`.
 
     held: the ids of the parameters that the optimizer updates, None where there is no optimizer. rate: the learning
-    rate of a parameter. amp_scale: what the loss was multiplied by, where a scaler was given.
+    rate of a parameter. amp_scale: what the loss was multiplied by, where a scaler was given. blocks: those of an earlier
+    binding, whose state goes on where they fit.
     """
 
     def __init__(
         self, triple: Triple, options: Options, progress: Progress, model: nn.Module, group: Group,
         criteria: Sequence[tuple[object, Likelihood]], held: Callable[[], frozenset[int] | None], rate: Callable[[nn.Parameter], float],
-        amp_scale: Callable[[], float],
+        amp_scale: Callable[[], float], blocks: Sequence[BlockState],
     ) -> None:  # fmt: skip
         self.triple, self.options, self.progress = triple, options, progress
         self.model, self.group, self.criteria = model, group, criteria
         self.held, self.rate, self.amp_scale = held, rate, amp_scale
-        self.blocks: list[BlockState] = []
+        self.blocks = list(blocks)
         self._written: list[tuple[int, int]] = []
         self.plan = self._plan()
         self.observer = self._observe_with(self.plan)
@@ -96,9 +98,15 @@ class Session:
         self.plan = self._plan()
         self.observer = self._observe_with(self.plan)
         numbers = {(d.matrix, d.kind): number for number, d in enumerate(self.plan.demands)}
+        same = {b.block.name for b in self.plan.blocks for o in old.blocks if _coordinates(b.block) == _coordinates(o.block)}
+
+        def moved(found: dict[int, T]) -> dict[int, T]:
+            to = {n: numbers.get((old.demands[n].matrix, old.demands[n].kind)) for n in found}
+            return {new: found[n] for n, new in to.items() if new is not None}
+
         for part in parts:
-            kept = {numbers.get((old.demands[n].matrix, old.demands[n].kind)): columns for n, columns in part.columns.items()}
-            part.columns = {n: columns for n, columns in kept.items() if n is not None}
+            part.columns, part.gradients = moved(part.columns), moved(part.gradients)
+            part.reduced = {n: {name: s for name, s in r.items() if name in same} for n, r in moved(part.reduced).items()}
         self.observer.parts = parts
         return self.observer
 

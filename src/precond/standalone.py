@@ -26,11 +26,12 @@ from precond.representations import Representation
 from precond.solvers import CG
 from precond.update import Assembly
 
-Batch = tuple[Any, Tensor]
+Targets = Tensor | tuple[Any, ...]
+Batch = tuple[Any, Targets]
 
 
 def curvature(
-    model: nn.Module, criterion: nn.Module, inputs: Any = None, targets: Tensor | None = None, *, matrix: str | Matrix | type[Matrix],
+    model: nn.Module, criterion: nn.Module, inputs: Any = None, targets: Targets | None = None, *, matrix: str | Matrix | type[Matrix],
     repr: str | Representation | type[Representation], seed: int | None = None, exact: bool = False,
     batches: Iterable[Batch] | None = None, strict: bool = False, rows: Mapping[str, str] | None = None,
 ) -> BlockDiagonal:  # fmt: skip
@@ -39,7 +40,8 @@ def curvature(
     Pure: no `.grad`, generator, hook, mode or buffer of the model differs afterwards.
 
     Args:
-        inputs: a tensor, or a tuple or dict of them for the model's call. targets: as the criterion takes them.
+        inputs: a tensor, or a tuple or dict of them for the model's call. targets: as the criterion
+            takes them; a tuple where it takes more than a target, as (target, var) of nn.GaussianNLLLoss.
         batches: instead, an iterable of (inputs, targets), of unequal sizes if need be: a mean loss weighs each by its
             number of terms, a sum adds.
         matrix, repr: a name or an instance. strict: raise instead of falling back where a layer cannot be hosted.
@@ -74,7 +76,7 @@ def curvature(
             observer.remove()
 
 
-def _batches(inputs: Any, targets: Tensor | None, batches: Iterable[Batch] | None) -> list[Batch]:
+def _batches(inputs: Any, targets: Targets | None, batches: Iterable[Batch] | None) -> list[Batch]:
     if (batches is None) == (inputs is None):
         raise UsageError("curvature() takes inputs and targets, or batches=, an iterable of (inputs, targets): one of the two.")
     data = list(batches) if batches is not None else [(inputs, targets)]
@@ -94,12 +96,12 @@ def _record(observer: Observer, plan: Plan, criterion: nn.Module, likelihood: Li
         weight, gradient = differentiate_batch(observer, criterion, likelihood, inputs, targets, params)
         weights.append(weight)
         gradients = {n: g + gradient[n] * weight.to(g.dtype) for n, g in gradients.items()}
-    divisor = torch.stack(weights).sum() if likelihood.reduction == "mean" else torch.ones((), dtype=torch.float64)
+    divisor = torch.stack(weights).sum() if likelihood.reduction != "sum" else torch.ones((), dtype=torch.float64)
     return {n: g.detach() / divisor.to(g.dtype) for n, g in gradients.items()}
 
 
 def _build(observer: Observer, plan: Plan, gradients: Tensors, likelihood: Likelihood, group: Group) -> BlockDiagonal:
-    assembly = Assembly(plan, observer, group, "normalised" if likelihood.reduction == "mean" else "given", 1.0)
+    assembly = Assembly(plan, observer, group, "normalised" if likelihood.reduction != "sum" else "given", 1.0)
     observations = assembly.observations(gradients)
     states = [BlockState(p, Local()) for p in plan.blocks]
     for stage in dict.fromkeys(s for b in states for s in b.plan.repr.stages):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from precond import numerics, observe
 from precond.blockstate import BlockState, finite
 from precond.distributed import Group
-from precond.observe import Columns, CriterionCall, Factors, Gradient, Observation, Observer, Product, Tensors
+from precond.observe import Columns, CriterionCall, Gradient, Observation, Observer, Product, Tensors
 from precond.plan import Plan
 
 Weight = Mapping[int, Tensor]
@@ -29,16 +29,18 @@ class Assembly:
         self.plan, self.observer, self.group = plan, observer, group
         self.given, self.amp_scale = loss_weights == "given", amp_scale
 
-    def observations(self, gradients: Tensors) -> list[Observation]:
+    def observations(self, gradients: Tensors) -> list[Observation | Measured]:
         return [self._one(number, gradients) for number in range(len(self.plan.demands))]
 
-    def _one(self, number: int, gradients: Tensors) -> Observation:
+    def _one(self, number: int, gradients: Tensors) -> Observation | Measured:
         demand = self.plan.demands[number]
         matrix: Any = demand.matrix
         if demand.sampled:
             return self._sampled(number)
         if demand.kind == "gradient":
             return Gradient(gradients)
+        if demand.kind == "columns" and (early := observe.reduced(self.observer, number)) is not None:
+            return Measured(*early)
         if demand.kind == "columns":
             return replace(observe.columns(self.observer, number), centred=matrix.centred)
         if demand.kind == "factors":
@@ -90,11 +92,13 @@ class Assembly:
             return weight / (self.amp_scale * self.group.size)
         return weight / self.group.sum([weight])[0]
 
-    def merge(self, blocks: Sequence[BlockState], observations: Sequence[Observation], stage: str) -> list[Tensor]:
+    def merge(self, blocks: Sequence[BlockState], observations: Sequence[Observation | Measured], stage: str) -> list[Tensor]:
         """Measure one stage of every block, sum over ranks by kind, and merge; returns a valid flag for each block."""
-        chosen = [b for b in blocks if stage in b.plan.repr.stages]
+        chosen = [b for b in blocks if stage in b.plan.repr.stages and _observed(b, observations[b.plan.demand])]
+        if not chosen:
+            return []
         with numerics.full_precision(_device(chosen[0]).type):
-            measured = [b.plan.repr.measure(stage, observations[b.plan.demand], b.plan.block, b.statistics) for b in chosen]
+            measured = [_measure(b, stage, observations[b.plan.demand]) for b in chosen]
         flags = [finite(new, _device(block)) for block, new in zip(chosen, measured, strict=True)]
         valid = self._reduce(chosen, observations, measured, flags)
         for block, new, flag in zip(chosen, measured, valid, strict=True):
@@ -102,7 +106,7 @@ class Assembly:
         return valid
 
     def _reduce(
-        self, blocks: Sequence[BlockState], observations: Sequence[Observation], measured: list[dict[str, Any]], flags: list[Tensor]
+        self, blocks: Sequence[BlockState], observations: Sequence[Observation | Measured], measured: list[dict[str, Any]], flags: list[Tensor]
     ) -> list[Tensor]:
         """Weighted means over ranks in place; a rank with bad data contributes weight zero. Gradients are already reduced."""
         entries: list[tuple[int, str]] = []
@@ -124,7 +128,7 @@ class Assembly:
             measured[i][name] = value / torch.where(total == 0, torch.ones_like(total), total)
         if self.given:
             for block, new, total in zip(blocks, measured, totals, strict=True):
-                if isinstance(observations[block.plan.demand], (Columns, Factors, Product)):
+                if isinstance(observations[block.plan.demand], (Columns, Measured, Product)):  # moments of inputs have degree 0
                     self._scale_given(block, new, total / (self.amp_scale * self.group.size))
         return [total > 0 if self.group.several else flag for total, flag in zip(totals, flags, strict=True)]
 
@@ -133,6 +137,25 @@ class Assembly:
         for name, stat in block.spec.items():
             if name in new and stat.kind != "local":
                 new[name] = new[name] * (total**stat.degree).to(new[name].dtype)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Columns that were reduced in the loss hook: statistics by block."""
+
+    blocks: Mapping[str, dict[str, Tensor]]
+    weight: Tensor
+
+
+def _observed(block: BlockState, observation: Observation | Measured) -> bool:
+    """A block that was planned after the columns were reduced has to wait for the next observation."""
+    return not isinstance(observation, Measured) or block.name in observation.blocks
+
+
+def _measure(block: BlockState, stage: str, observation: Observation | Measured) -> dict[str, Any]:
+    if isinstance(observation, Measured):
+        return dict(observation.blocks[block.name])
+    return block.plan.repr.measure(stage, observation, block.plan.block, block.statistics)
 
 
 def _device(block: BlockState) -> torch.device:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,8 +33,18 @@ def exact_columns(likelihood: Likelihood, output: Tensor, target: Tensor, batch:
     Sending a class back from all positions of an example at once would add cross terms as soon as the network mixes
     positions (attention, convolution), so each position has its own column.
     """
+    return torch.stack(list(_columns(likelihood, output, target, batch)))
+
+
+def exact_column_chunks(likelihood: Likelihood, output: Tensor, target: Tensor, batch: int, limit: int) -> Iterator[Tensor]:
+    """`exact_columns` at most `limit` at a time: a thousand classes are never held together."""
+    columns = _columns(likelihood, output, target, batch)
+    while chunk := list(itertools.islice(columns, limit)):
+        yield torch.stack(chunk)
+
+
+def _columns(likelihood: Likelihood, output: Tensor, target: Tensor, batch: int) -> Iterator[Tensor]:
     position, count = positions(likelihood, output, batch)
-    columns = list(likelihood.factor(output, target))
-    if count == 1:
-        return torch.stack(columns)
-    return torch.stack([c * (position == t) for t in range(count) for c in columns])
+    for t in range(count):
+        for column in likelihood.factor(output, target):
+            yield column if count == 1 else column * (position == t)

@@ -16,11 +16,6 @@ class Normal(Elementwise):
     name = "normal"
     criterion = nn.MSELoss
 
-    @classmethod
-    def from_criterion(cls, criterion: nn.Module) -> Normal:
-        assert isinstance(criterion, nn.MSELoss)
-        return cls(criterion.reduction)
-
     def _curvature(self, output: Tensor) -> Tensor:
         return torch.full_like(output, 2.0)
 

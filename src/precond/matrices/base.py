@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,6 +59,10 @@ class Matrix(ABC):
     def cotangents(self, context: Context) -> Tensor:
         """(K, *output.shape), per term and unscaled: C = scale * sum_ik (J_i^T s_ik)(J_i^T s_ik)^T."""
         raise NotImplementedError(f"{self.name} has no columns.")
+
+    def chunks(self, context: Context, limit: int) -> Iterator[Tensor]:
+        """`cotangents` a few columns at a time, at most `limit`."""
+        yield from self.cotangents(context).split(limit)
 
     def output_product(self, context: Context, frozen: Tensor | None, vector: Tensor) -> Tensor:
         """S S^T v in output space, from cotangents frozen for the whole solve; examples are independent."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from precond.likelihoods import exact_columns
+from precond.likelihoods import exact_column_chunks, exact_columns
 from precond.matrices.base import REGISTRY, Matrix
 from precond.observe import Context
 
@@ -30,6 +31,9 @@ class Fisher(Matrix):
 
     def cotangents(self, context: Context) -> Tensor:
         return exact_columns(context.likelihood, context.output, context.target, context.batch)
+
+    def chunks(self, context: Context, limit: int) -> Iterator[Tensor]:
+        yield from exact_column_chunks(context.likelihood, context.output, context.target, context.batch, limit)
 
     def frozen(self, context: Context) -> Tensor | None:
         return None

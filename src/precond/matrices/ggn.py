@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from precond.likelihoods import exact_columns
+from precond.errors import ObservationError
+from precond.likelihoods import exact_column_chunks, exact_columns
 from precond.matrices.base import REGISTRY, Matrix
 from precond.observe import Context
 
@@ -28,10 +30,24 @@ class GGN(Matrix):
     needs = "the model's output distribution; first-order passes only"
 
     def cotangents(self, context: Context) -> Tensor:
+        _refuse_indefinite(context)
         return exact_columns(context.likelihood, context.output, context.target, context.batch)
 
+    def chunks(self, context: Context, limit: int) -> Iterator[Tensor]:
+        _refuse_indefinite(context)
+        yield from exact_column_chunks(context.likelihood, context.output, context.target, context.batch, limit)
+
     def frozen(self, context: Context) -> Tensor | None:
+        _refuse_indefinite(context)
         return None
 
     def output_product(self, context: Context, frozen: Tensor | None, vector: Tensor) -> Tensor:
         return context.likelihood.hessian_product(context.output, context.target, vector)
+
+
+def _refuse_indefinite(context: Context) -> None:
+    if not context.likelihood.natural:
+        raise ObservationError(
+            f"the Hessian of the {context.likelihood.name!r} loss in its output depends on the target and can be indefinite, so there is no 'ggn' of "
+            "it: use the matrix 'fisher'."
+        )

@@ -1,7 +1,8 @@
 """Hooks and automatic differentiation: the only package that touches either."""
 
-from precond.observe.assemble import by_layer, columns, factors, product, sampled_gradient
+from precond.observe.assemble import columns, factors, product, reduced, sampled_gradient
 from precond.observe.batch import differentiate_batch
+from precond.observe.grouping import by_layer
 from precond.observe.guard import busy, own_pass
 from precond.observe.hooks import Handles, Hook
 from precond.observe.names import canonical
@@ -17,6 +18,6 @@ from precond.observe.truth import true_columns
 __all__ = [
     "Columns", "Context", "CriterionCall", "Demand", "Factors", "Forward", "Gradient", "Handles", "Hook", "Kind", "LayerColumns",
     "Observation", "Observer", "Part", "Product", "SelfCheck", "Tensors", "batched_grad", "busy", "by_layer", "canonical", "columns",
-    "differentiate_batch", "factors", "keyed_generator", "nested_columns", "own_pass", "product", "sampled_gradient", "tensors_in",
+    "differentiate_batch", "factors", "keyed_generator", "nested_columns", "own_pass", "product", "reduced", "sampled_gradient", "tensors_in",
     "true_columns",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.errors import ObservationError
+from precond.observe.grouping import by_layer
 from precond.observe.observation import Columns, Factors, LayerColumns, Part, Product, Tensors
 from precond.observe.observer import Observer
 from precond.observe.records import CriterionCall
@@ -26,15 +27,6 @@ def _scale(part: CriterionCall) -> Tensor:
     return part.scale
 
 
-def by_layer(columns: Sequence[LayerColumns]) -> dict[str, tuple[LayerColumns, ...]]:
-    """Calls grouped by layer; one that nothing came back to carries no columns and is left out."""
-    grouped: dict[str, list[LayerColumns]] = defaultdict(list)
-    for call in columns:
-        if any(g is not None for g in call.grads):
-            grouped[call.name].append(call)
-    return {name: tuple(calls) for name, calls in grouped.items()}
-
-
 def columns(observer: Observer, number: int) -> Columns:
     """The columns of demand `number` over all parts of the step."""
     parts, total = _weighted(observer)
@@ -42,6 +34,22 @@ def columns(observer: Observer, number: int) -> Columns:
         return Columns(tuple(_true_parts(parts, observer.demands[number].layers, total)), total)
     made = [Part(_weight(p) / total, _scale(p), p.forward.batch, by_layer(p.columns[number])) for p in parts]
     return Columns(tuple(made), total)
+
+
+def reduced(observer: Observer, number: int) -> tuple[dict[str, dict[str, Tensor]], Tensor] | None:
+    """Statistics by block that were reduced in the loss hook, normalised by the weights of the parts, and the sum of weights."""
+    parts, total = _weighted(observer)
+    if any(number not in p.reduced for p in parts):
+        return None
+    out: dict[str, dict[str, Tensor]] = {}
+    for part in parts:
+        share = _weight(part) / total
+        for block, statistics in part.reduced[number].items():
+            mine = out.setdefault(block, {})
+            for name, value in statistics.items():
+                scaled = value * share.to(value.dtype)
+                mine[name] = mine[name] + scaled if name in mine else scaled
+    return out, total
 
 
 def factors(observer: Observer, number: int) -> Factors:
@@ -68,7 +76,7 @@ def sampled_gradient(observer: Observer, number: int) -> tuple[Tensors, Tensor, 
     first, second = torch.zeros_like(total), torch.zeros_like(total)
     for part in parts:
         weight = _weight(part) / total * _scale(part)
-        terms = part.likelihood.terms(part.output, part.target).to(weight.dtype)
+        terms = part.likelihood.total(part.output, part.target).to(weight.dtype)
         first, second = first + weight * terms, second + weight.square() * terms
         pieces.append((weight, part.gradients[number]))
     return _weighted_sum(pieces), first, second, total

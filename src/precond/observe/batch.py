@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from precond.errors import ObservationError, UsageError
-from precond.likelihoods import Likelihood
+from precond.likelihoods import Likelihood, weigh
 from precond.observe.observation import Tensors
-from precond.observe.observer import Observer
+from precond.observe.observer import Observer, Target
 
 
 def differentiate_batch(
-    observer: Observer, criterion: nn.Module, likelihood: Likelihood, inputs: Any, targets: Tensor, params: Mapping[str, nn.Parameter]
+    observer: Observer, criterion: nn.Module, likelihood: Likelihood, inputs: Any, targets: Target, params: Mapping[str, nn.Parameter]
 ) -> tuple[Tensor, Tensors]:
     """Add the batch to the observer's parts; returns its weight among batches and the gradient of its loss in `params`.
 
-    The weight is the number of terms of a mean, and 1 for a sum.
+    The weight is the number that a mean divides by, and 1 for a sum. An unreduced loss is taken by its mean. targets: the
+    target, or a tuple of all that the criterion is called with after the output.
     """
     if isinstance(inputs, Mapping):
         output = observer.model(**inputs)
@@ -29,26 +30,28 @@ def differentiate_batch(
         output = observer.model(inputs)
     if not isinstance(output, Tensor):
         raise ObservationError(f"the model returns a {type(output).__name__}, and the criterion takes a tensor: wrap it to return the tensor.")
-    loss = criterion.forward(output, targets)
+    loss = criterion.forward(output, *(targets if isinstance(targets, tuple) else (targets,)))
     part = observer.record(output, targets, likelihood, criterion)
     if part is None:
         raise ObservationError("the model's output depends on no trainable parameter, so it has no curvature.")
     if part.forward.batch == 0:
         raise UsageError("a batch of inputs holds no examples: curvature needs at least one.")
-    scale = likelihood.scale(output.detach(), targets)
-    part.weight = 1.0 / scale if likelihood.reduction == "mean" else torch.ones_like(scale)
-    part.scale = scale
+    ones = torch.ones_like(loss)
+    part.likelihood, unit, part.scale = weigh(part.likelihood, part.output.detach(), part.target, ones)
+    part.weight = 1.0 / part.scale if likelihood.reduction != "sum" else torch.ones_like(part.scale)
     gradient: Tensors = {}
     if params:
-        found = torch.autograd.grad(loss, list(params.values()), retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(loss, list(params.values()), ones / unit.to(loss.dtype), retain_graph=True, allow_unused=True)
         gradient = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found, strict=True)}
     for number, demand in enumerate(observer.demands):
-        if demand.kind == "columns":
+        if demand.kind == "columns" and demand.reduce is not None:
+            part.reduced[number] = observer.reduced(part, number, demand.reduce)
+        elif demand.kind == "columns":
             part.columns[number] = observer.nested(part, number)
         elif demand.sampled:
             part.gradients[number] = observer.sampled(part, number)
     for call in part.forward.calls:  # the graph of a batch lives no longer than its turn
         call.edges = [None] * len(call.edges)
-    part.nodes, part.output = {}, output.detach()
+    part.nodes, part.output = {}, part.output.detach()
     observer.parts.append(part)
     return part.weight, gradient

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -25,12 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from precond.likelihoods import Likelihood
+from precond.likelihoods import Likelihood, weigh
+from precond.numerics import full_precision
 from precond.observe.bridge import find_bridge
+from precond.observe.grouping import by_layer
 from precond.observe.guard import busy
 from precond.observe.hooks import Handles, Hook
 from precond.observe.matching import find_forward, refuse_reentrant_checkpoint
-from precond.observe.observation import Kind, LayerColumns
+from precond.observe.observation import Kind, LayerColumns, Part
 from precond.observe.passes import batched_grad, nested_columns
 from precond.observe.randomness import keyed_generator
 from precond.observe.records import Call, Clock, CriterionCall, Forward
@@ -38,7 +40,9 @@ from precond.observe.replay import save_rng
 from precond.observe.selfcheck import SelfCheck
 from precond.observe.trees import detached, tensors_in, versions
 
+Target = Tensor | tuple[Any, ...]
 _keys = itertools.count()
+_COLUMN_ELEMENTS = 1 << 20  # numbers at the outputs of all layers that columns may hold at once, however small the model
 _LIVE_FORWARDS = 16  # graphs of never-differentiated forward passes with several outputs that may be alive at once
 
 
@@ -63,15 +67,27 @@ class Source(Protocol):
 
     def cotangents(self, context: Context) -> Tensor: ...
 
+    def chunks(self, context: Context, limit: int) -> Iterator[Tensor]: ...
+
+
+Reduced = dict[str, dict[str, Tensor]]
+"""Statistics by block."""
+Reduce = Callable[[Part], Reduced]
+
 
 @dataclass(frozen=True)
 class Demand:
-    """One matrix, the kind of observation resolved for it, and the layers whose blocks need it."""
+    """One matrix, the kind of observation resolved for it, and the layers whose blocks need it.
+
+    reduce: from some columns of one criterion call to statistics by block, which add over columns; where every block
+    can, columns are reduced a few at a time in the loss hook and never held together.
+    """
 
     matrix: Source
     kind: Kind
     layers: frozenset[str]
     params: Mapping[str, nn.Parameter] = field(default_factory=dict, compare=False)
+    reduce: Reduce | None = field(default=None, compare=False)
 
     @property
     def backward(self) -> bool:
@@ -190,7 +206,8 @@ class Observer:
         rows = next((layout for pattern, layout in self.rows.items() if fnmatchcase(name, pattern)), None)
         numbers = [e.output_nr if isinstance(e, GradientEdge) else 0 for e in edges]
         inputs = (detached(args), detached(kwargs))
-        forward.calls.append(Call(name, module, *inputs, module.training, rows, edges, numbers, slots, versions(inputs)))
+        size = sum(tensor.numel() for tensor in tensors_in(output))
+        forward.calls.append(Call(name, module, *inputs, module.training, rows, edges, numbers, slots, versions(inputs), size))
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
         if busy():
@@ -233,17 +250,21 @@ class Observer:
             return
         output = args[0] if args else kwargs["input"]
         target = args[1] if len(args) > 1 else kwargs["target"]
-        self.observe(loss, output, target, likelihood, criterion)
+        further = (*args[2:], *(value for name, value in kwargs.items() if name not in ("input", "target")))
+        current = likelihood.from_criterion(criterion)  # the options as they are at this call
+        self.observe(loss, output, (target, *further), current, criterion)
 
-    def observe(self, loss: Tensor, output: Tensor, target: Tensor, likelihood: Likelihood, criterion: nn.Module | None = None) -> bool:
+    def observe(self, loss: Tensor, output: Tensor, target: Target, likelihood: Likelihood, criterion: nn.Module | None = None) -> bool:
         """Watch a loss computed from `output`; False where the output came from no recorded forward pass."""
         part = self.record(output, target, likelihood, criterion)
         if part is not None:
             loss.register_hook(Hook(self._on_loss, part))  # never the loss itself: a hook that holds its own tensor is a leak
         return part is not None
 
-    def record(self, output: Tensor, target: Tensor, likelihood: Likelihood, criterion: nn.Module | None) -> CriterionCall | None:
-        """The record of a criterion call on `output`, numbered within the step."""
+    def record(self, output: Tensor, target: Target, likelihood: Likelihood, criterion: nn.Module | None) -> CriterionCall | None:
+        """The record of a criterion call on `output`, numbered within the step; target: or (target, what else it was called with)."""
+        labels, *further = target if isinstance(target, tuple) else (target,)
+        likelihood, output = likelihood.given(output, *further)
         found = find_forward(output, self._key)
         if found is None:
             return None
@@ -254,7 +275,7 @@ class Observer:
         count = count + 1 if step == self.step() else 0
         self._index = (self.step(), count)
         bridge = find_bridge(forward.outputs[number], output) if forward.outputs else None
-        return CriterionCall(forward, nodes, criterion, likelihood, output, target, number, self.step(), count, bridge=bridge)
+        return CriterionCall(forward, nodes, criterion, likelihood, output, labels, number, self.step(), count, bridge=bridge)
 
     # -- the backward pass ---------------------------------------------------------------------------------------
 
@@ -270,11 +291,13 @@ class Observer:
             self._begin_backward()
         part.backward = self._passes
         # What is kept until the step is a copy: the hook's own record must stay whole for another pass over a retained graph.
-        kept = replace(part, columns={}, gradients={}, weight=gradient.detach().to(torch.float64).clone())
-        kept.scale = part.likelihood.scale(part.output.detach(), part.target)
+        kept = replace(part, columns={}, gradients={}, reduced={})
+        kept.likelihood, kept.weight, kept.scale = weigh(part.likelihood, part.output.detach(), part.target, gradient.detach())
         with torch.enable_grad():
             for number, demand in enumerate(self.demands):
-                if demand.nested:
+                if demand.nested and demand.reduce is not None:
+                    kept.reduced[number] = self.reduced(kept, number, demand.reduce)
+                elif demand.nested:
                     kept.columns[number] = self.nested(kept, number)
                 elif demand.sampled:
                     kept.gradients[number] = self.sampled(kept, number)
@@ -289,6 +312,25 @@ class Observer:
         """The columns that demand `number` asks for, by a pass of our own from the criterion's input."""
         demand = self.demands[number]
         return nested_columns(part, demand.matrix.cotangents(self.context(part, number)), demand.layers)
+
+    def reduced(self, part: CriterionCall, number: int, reduce: Reduce) -> Reduced:
+        """The statistics of demand `number`, from as many columns at a time as hold about as much as the forward pass does."""
+        demand, total = self.demands[number], Reduced()
+        sizes = [call.size for call in part.forward.calls if call.name in demand.layers]
+        limit = max(1, _COLUMN_ELEMENTS // max(1, sum(sizes)), sum(sizes) and self._weights() // (2 * sum(sizes)))
+        assert part.scale is not None
+        one = torch.ones_like(part.scale)
+        for cotangents in demand.matrix.chunks(self.context(part, number), limit):
+            seen = nested_columns(part, cotangents, demand.layers)
+            with torch.no_grad(), full_precision(part.output.device.type):
+                found = reduce(Part(one, part.scale, part.forward.batch, by_layer(seen)))
+            for block, statistics in found.items():
+                old = total.get(block)
+                total[block] = statistics if old is None else {name: old[name] + value for name, value in statistics.items()}
+        return total
+
+    def _weights(self) -> int:
+        return sum(p.numel() for p in self.params)
 
     def sampled(self, part: CriterionCall, number: int) -> dict[str, Tensor]:
         """The gradient, summed over terms, at the labels that demand `number` draws."""

@@ -43,6 +43,7 @@ class Call:
     edge_numbers: list[int]
     slots: list[list[tuple[int, Tensor]]]
     versions: tuple[int, ...]
+    size: int = 0  # numbers in its outputs
 
     def resolve(self, nodes: Mapping[int, Any]) -> list[GradientEdge | None]:
         """The edges, with those at the model's output taken from the nodes found by walking back from the criterion."""
@@ -93,5 +94,6 @@ class CriterionCall:
     backward: int = -1
     columns: dict[int, list[LayerColumns]] = field(default_factory=dict)
     gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    reduced: dict[int, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
     scale: Tensor | None = None
     bridge: Bridge | None = None

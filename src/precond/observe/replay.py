@@ -113,7 +113,7 @@ class SecondOrder:
         self.params = params
         output = replay(call, model)
         with own_pass(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            loss = call.criterion.forward(output, call.target)
+            loss = call.likelihood.loss(call.criterion, output, call.target)
             found = torch.autograd.grad(loss, list(params.values()), create_graph=True, allow_unused=True)
         self._gradient = dict(zip(params, found, strict=True))
 

@@ -57,12 +57,17 @@ def input_moment(observation: Factors, block: Block) -> Tensor | None:
     for part in observation.parts:
         rows = input_rows(part, block)
         if rows:
-            dtype = next((r.dtype for r in rows if isinstance(r, Tensor)), torch.get_default_dtype())
             weight = part.share * part.scale
-            sums, number = input_sums(rows, dtype)
+            sums, number = input_sums(rows, _dtype(block))
             total = sums * weight.to(sums.dtype) if total is None else total + sums * weight.to(sums.dtype)
             count = count + number * weight
     return None if total is None else total / count.to(total.dtype)
+
+
+def _dtype(block: Block) -> torch.dtype:
+    """What moments of one-hot rows are kept in: that of the weight, in at least float32."""
+    weight = next(next(iter(block.layers.values())).module.parameters())
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def unit_blocks(observation: Factors, block: Block) -> Tensor | None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block
+from precond.layers import OneHot
 from precond.layers import Rule as LayerRule
 from precond.observe import Columns, Factors, Observation, Part
 from precond.operators import Diagonal, Kronecker, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, refuse_kind, zeros
-from precond.representations.inputs import input_moment, input_rows, input_sums, second_moment
+from precond.representations.inputs import input_rows, input_sums, second_moment
 from precond.statistics import Form, Stat
 
 
@@ -65,9 +66,14 @@ class KronIO(Representation):
 
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
         if isinstance(observation, Factors):
-            absent = _absent(block)
-            A = input_moment(observation, block)
-            return absent if A is None else {"A": A, "rows": torch.ones_like(absent["rows"]), "B": _identity(absent["B"])}
+            found = _absent(block)
+            for part in observation.parts:
+                rows = self._inputs(part, block)
+                if rows:
+                    weight = (part.share * part.scale).to(found["A"].dtype)
+                    sums, number = input_sums(rows, found["A"].dtype)
+                    found["A"], found["rows"] = found["A"] + sums * weight, found["rows"] + number * weight
+            return found | {"B": _identity(found["B"])}
         if not isinstance(observation, Columns):
             raise refuse_kind(self, observation)
         sums: list[Tensor] | None = None
@@ -82,15 +88,21 @@ class KronIO(Representation):
 
     def _sums(self, part: Part, block: Block) -> tuple[Tensor, Tensor, Tensor] | None:
         """(sum of a a^T, the number of its rows, sum of g g^T) over the calls of one part."""
-        inputs = input_rows(part, block, check=self.sharing == "reduce")
+        inputs = self._inputs(part, block)
         grads = [layer.rule.outputs(seen) for layer, seen in block.calls(part)]
         if not inputs:
             return None
         if self.sharing == "reduce":
-            tensors = [a for a in inputs if isinstance(a, Tensor)]
-            inputs = [torch.stack([a.sum(2) for a in tensors]).sum(0).unsqueeze(2) / sum(a.shape[2] for a in tensors)]
             grads = [torch.stack([g.sum(3) for g in grads]).sum(0).unsqueeze(3)]
         return *input_sums(inputs, grads[0].dtype), second_moment([_flat_grad(g) for g in grads])
+
+    def _inputs(self, part: Part, block: Block) -> list[Tensor | OneHot]:
+        """The inputs (G, N, R, in') of the calls of one part, averaged over positions where sharing is by reduction."""
+        inputs = input_rows(part, block, check=self.sharing == "reduce")
+        tensors = [a for a in inputs if isinstance(a, Tensor)]
+        if self.sharing == "expand" or not tensors:
+            return inputs
+        return [torch.stack([a.sum(2) for a in tensors]).sum(0).unsqueeze(2) / sum(a.shape[2] for a in tensors)]
 
     def operator(self, statistics: Statistics, block: Block) -> Operator:
         rows, B = statistics["rows"], statistics["B"]

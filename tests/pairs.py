@@ -1,0 +1,30 @@
+"""The cells matrix x representation that have a meaning, by the registries; and what tests need to know of a matrix to walk them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from precond import cells, matrices, representations
+from precond.matrices import AbsHessian
+from precond.solvers import CG
+
+SAMPLED = ("fisher_mc", "batched_fisher_mc")
+LEFT = "ignore:layer .* keeps its plain gradient:UserWarning"
+"""What `input_second_moment` says of layers that have no inputs of its kind."""
+
+
+def valid(matrix: str, repr: str) -> bool:
+    """CG takes any operator, so that the solver is no reason."""
+    return cells.why_not(matrices.get(matrix)(), representations.get(repr)(), CG()) is None
+
+
+PAIRS = [(m, r) for m in matrices.names() for r in representations.names() if valid(m, r)]
+
+
+def exactly(matrix: Any, repr: Any, model: torch.nn.Module) -> Any:
+    """The matrix; for products of |H| with as many Lanczos steps as there are parameters."""
+    if matrix == "abs_hessian" and repr == "matrix_free":
+        return AbsHessian(steps=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    return matrix
