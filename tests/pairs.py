@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from nets import normal
 from precond import cells, matrices, representations
 from precond.matrices import AbsHessian
 from precond.solvers import CG
@@ -28,3 +30,11 @@ def exactly(matrix: Any, repr: Any, model: torch.nn.Module) -> Any:
     if matrix == "abs_hessian" and repr == "matrix_free":
         return AbsHessian(steps=sum(p.numel() for p in model.parameters() if p.requires_grad))
     return matrix
+
+
+def entries(C: Any, matrix: Any, repr: Any) -> Tensor:
+    """The dense matrix; of |H| as products, which take a Lanczos process each, three products."""
+    if (matrix, repr) == ("abs_hessian", "matrix_free"):
+        return torch.stack([C @ normal(C.shape[0], seed=seed) for seed in range(3)])
+    dense: Tensor = C.to_dense()
+    return dense

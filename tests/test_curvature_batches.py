@@ -20,12 +20,12 @@ import dense
 import dense_cells
 import precond
 from nets import CASES, Case, labels, normal, seeded
+from pairs import LEFT, PAIRS, SAMPLED, entries, exactly
 from precond import matrices, representations
-from precond.cells import resolve_kind
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 
-PAIRS = [(m, r) for m in matrices.names() for r in representations.names() if resolve_kind(matrices.get(m)(), representations.get(r)())]
+pytestmark = pytest.mark.filterwarnings(LEFT)
 PARTS = (slice(0, 1), slice(1, 4), slice(4, 6))
 
 
@@ -35,11 +35,13 @@ def split(case: Case, order: tuple[int, ...] = (0, 1, 2)) -> list[tuple[Tensor, 
 
 def curve(case: Case, matrix: Any, repr: Any, **data: Any) -> Tensor:
     data = data or {"inputs": case.inputs, "targets": case.targets}
-    return precond.curvature(case.make(), case.criterion, matrix=matrix, repr=repr, seed=1, **data).to_dense()
+    model = case.make()
+    C = precond.curvature(model, case.criterion, matrix=exactly(matrix, repr, model), repr=repr, seed=1, **data)
+    return entries(C, matrix, repr)
 
 
 @pytest.mark.parametrize("name", ["mlp", "mse_sum", "bce", "reused"])
-@pytest.mark.parametrize(("matrix", "repr"), [pair for pair in PAIRS if pair[0] != "fisher_mc"])
+@pytest.mark.parametrize(("matrix", "repr"), [pair for pair in PAIRS if pair[0] not in SAMPLED])
 def test_batches_of_unequal_sizes_are_one_batch(name: str, matrix: str, repr: str) -> None:
     """Kronecker factors add too: A is a mean over rows, B a sum over them, each weighted by its part."""
     case = CASES[name]
@@ -48,14 +50,18 @@ def test_batches_of_unequal_sizes_are_one_batch(name: str, matrix: str, repr: st
     close(curve(case, matrix, repr, batches=iter(split(case, (2, 0, 1)))), want)
 
 
-@pytest.mark.parametrize("matrix", [m for m in matrices.names() if m != "fisher_mc"])
+@pytest.mark.parametrize("matrix", [m for m in matrices.names() if m not in SAMPLED])
 def test_the_mean_of_the_parts_without_their_weights_is_another_matrix(matrix: str) -> None:
     case = CASES["mlp"]
     parts = [curve(case, matrix, "full", inputs=x, targets=y) for x, y in split(case)]
     want = curve(case, matrix, "full")
     assert (sum(parts) / 3 - want).norm() > 1e-3 * want.norm()
     weighted = sum(part * len(y) / 6 for part, (_, y) in zip(parts, split(case), strict=True))
-    if matrix == "batched_empirical_fisher":  # what is squared does not add
+    if matrix in (
+        "batched_empirical_fisher",
+        "abs_hessian",
+        "gradient_covariance",
+    ):  # squares, absolute values and squares of means do not add
         assert (weighted - want).norm() > 1e-3 * want.norm()
     else:
         close(weighted, want)
@@ -72,7 +78,7 @@ def test_every_batch_draws_its_own_labels(repr: str, monkeypatch: pytest.MonkeyP
     close(got, (dense_cells.whole(case, "fisher_mc", first) + dense_cells.whole(case, "fisher_mc", second)) / 2)
 
 
-@pytest.mark.parametrize(("matrix", "repr"), [p for p in PAIRS if p[0] != "fisher_mc" and p[1] in ("layer", "kron_io", "kron_dim")])
+@pytest.mark.parametrize(("matrix", "repr"), [p for p in PAIRS if p[0] not in SAMPLED and p[1] in ("layer", "kron_io", "kron_dim")])
 def test_batches_weigh_by_terms_where_targets_are_ignored(matrix: str, repr: str) -> None:
     case = CASES["transformer_ignore"]
     batches = [(case.inputs[i : i + 1], case.targets[i : i + 1]) for i in range(3)]
@@ -99,18 +105,19 @@ def test_a_sum_is_terms_times_a_mean(matrix: str) -> None:
         case = CASES[name]
         terms = dense.terms(case.criterion, dense.predict(case.make(), case.inputs), case.targets)
         total = Case(name, case.make, nn.CrossEntropyLoss(reduction="sum"), case.inputs, case.targets)
-        factor = terms**2 if matrix == "batched_empirical_fisher" else terms
+        factor = {"batched_empirical_fisher": terms**2, "input_second_moment": 1}.get(matrix, terms)
         close(curve(total, matrix, "layer"), factor * curve(case, matrix, "layer"))
 
 
 @pytest.mark.parametrize("matrix", matrices.names())
 @pytest.mark.parametrize("name", ["mse", "bce"])
 def test_a_sum_over_outputs_is_terms_times_outputs_times_a_mean(name: str, matrix: str) -> None:
-    """Identity 8: N K, where torch's mean is over N rows and K outputs; (N K)^2 and, per term, N K^2 for squares of true gradients."""
+    """Identity 8: N K, where torch's mean is over N rows and K outputs; (N K)^2 and, per term, N K^2 for squares of true gradients; inputs know no loss."""
     case = CASES[name]
     total = Case(name, case.make, type(case.criterion)(reduction="sum"), case.inputs, case.targets)
     N, K = case.targets.shape
-    factor = {"batched_empirical_fisher": (N * K) ** 2, "empirical_fisher": N * K**2}.get(matrix, N * K)
+    factors = {"batched_empirical_fisher": (N * K) ** 2, "input_second_moment": 1}
+    factor = factors.get(matrix, N * K**2 if matrix in ("empirical_fisher", "gradient_covariance") else N * K)
     close(curve(total, matrix, "layer"), factor * curve(case, matrix, "layer"))
     assert factor != N
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import dense
 import precond
 from nets import CASES, Case, labels, normal, seeded
+from pairs import LEFT, exactly, valid
 from precond import matrices
 from precond.representations import KronIO
 
@@ -25,7 +26,8 @@ CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 
 
 def curve(case: Case, matrix: Any, repr: Any) -> Any:
-    return precond.curvature(case.make(), case.criterion, case.inputs, case.targets, matrix=matrix, repr=repr, seed=3)
+    model = case.make()
+    return precond.curvature(model, case.criterion, case.inputs, case.targets, matrix=exactly(matrix, repr, model), repr=repr, seed=3)
 
 
 def apart(a: Tensor, b: Tensor) -> bool:
@@ -70,8 +72,9 @@ def test_2_not_with_smooth_activations_norms_ties_and_repeated_layers(name: str)
     assert apart(curve(CASES[name], "hessian", "layer").to_dense(), curve(CASES[name], "ggn", "layer").to_dense())
 
 
-@pytest.mark.parametrize("repr", ["full", "layer", "unit", "diagonal"])
-@pytest.mark.parametrize("matrix", matrices.names())
+@pytest.mark.parametrize(
+    ("matrix", "repr"), [(m, r) for m in matrices.names() for r in ("full", "layer", "unit", "diagonal") if valid(m, r)]
+)
 @pytest.mark.parametrize("name", ["mlp", "mse", "bce"])
 def test_12_symmetric_and_all_but_the_hessian_semi_definite(name: str, matrix: str, repr: str) -> None:
     M = curve(CASES[name], matrix, repr).to_dense()
@@ -96,7 +99,10 @@ def test_12_ranks_are_bounded_by_examples_and_outputs() -> None:
     assert rank("mlp", "hessian") > N * (C - 1)
 
 
-@pytest.mark.parametrize("matrix", matrices.names())
+LINEAR = [m for m in matrices.names() if m not in ("abs_hessian", "input_second_moment")]
+
+
+@pytest.mark.parametrize("matrix", LINEAR)
 @pytest.mark.parametrize("name", ["mlp", "conv", "transformer", "lstm"])
 def test_13_blocks_are_slices_of_the_whole(name: str, matrix: str) -> None:
     model = CASES[name].make()
@@ -107,6 +113,28 @@ def test_13_blocks_are_slices_of_the_whole(name: str, matrix: str) -> None:
     close(unit, dense.project_unit(M, model))
     close(diagonal, M.diagonal().diag())
     assert apart(layer, M) and apart(unit, layer) and apart(diagonal, unit)
+
+
+@pytest.mark.filterwarnings(LEFT)
+@pytest.mark.parametrize("name", ["mlp", "conv", "transformer", "lstm"])
+def test_13_moments_of_inputs_are_the_same_by_model_layer_and_unit(name: str) -> None:
+    model = CASES[name].make()
+    M = curve(CASES[name], "input_second_moment", "full").to_dense()
+    for repr in ("layer", "unit", "kron_io"):
+        close(curve(CASES[name], "input_second_moment", repr).to_dense(), M)
+    close(dense.project_unit(M, model), M)
+    assert apart(M.diagonal().diag(), M)
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_13_absolute_values_of_blocks_are_not_blocks_of_the_absolute_value(name: str) -> None:
+    model, M = CASES[name].make(), curve(CASES[name], "abs_hessian", "full").to_dense()
+    layer, unit, diagonal = (curve(CASES[name], "abs_hessian", repr).to_dense() for repr in ("layer", "unit", "diagonal"))
+    assert (
+        apart(layer, dense.project_layer(M, model)) and apart(unit, dense.project_unit(M, model)) and apart(diagonal, M.diagonal().diag())
+    )
+    close(dense.project_layer(layer, model), layer)
+    close(dense.project_unit(unit, model), unit)
 
 
 # -- 14, 15 ------------------------------------------------------------------------------------------------------------

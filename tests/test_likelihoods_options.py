@@ -1,12 +1,12 @@
-"""Claims about the options of criteria, in float64 to 1e-10: each is honoured in all that curvature is made of, by autograd and enumeration.
+"""Claims about the options of criteria, in float64 to 1e-10: each is honoured in all that curvature is made of.
 
-- Class weights, label smoothing, targets in probabilities and ignored targets of `nn.CrossEntropyLoss`, alone and together, in every layout;
-  weights and positive weights of `nn.BCEWithLogitsLoss`; every form of the variance, `eps` and `full` of `nn.GaussianNLLLoss`. For a mean and
-  a sum: `scale` times the gradient, the product and S S^T are autograd's gradient and Hessian of the criterion itself.
+- Class weights, label smoothing, targets in probabilities and ignored targets of `nn.CrossEntropyLoss`, alone and together, in every
+  layout; weights and positive weights of `nn.BCEWithLogitsLoss`; every form of a given variance, `eps` and `full` of
+  `nn.GaussianNLLLoss`. For a mean and a sum: `scale` times the gradient, the product and S S^T are autograd's gradient and Hessian of
+  the criterion itself.
 - Labels are those of the model and are scored by the plain -log p, times the root of the term's weight: their expectation by enumeration is
   the Hessian of each term, and what `sample` gives is one of them. With smoothed or weighted targets in their place it is not.
 - Smoothing alone changes no curvature; with class weights it does. A mean over weighted classes divides by the weights of the labels.
-- A variance that the model makes gives the Fisher matrix in mean and variance, exact by Gauss-Hermite quadrature; that is not the Hessian.
 - What is changed on the criterion after `attach` counts at the next call. What cannot be modelled is refused by name.
 """
 
@@ -18,16 +18,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import dense
 import dense_terms
 import precond
-from nets import labels, normal, seeded
+from nets import labels, normal
 from precond import ObservationError, likelihoods
 from precond.likelihoods import Categorical, GaussianNLL, Likelihood, exact_columns
 from training import EXACT, batches, make, net, of
@@ -65,7 +63,9 @@ for shape in LAYOUTS:
     case(nn.CrossEntropyLoss(weight=W), shape, "soft+weight", probabilities(shape))
     case(nn.CrossEntropyLoss(weight=W, label_smoothing=0.3), shape, "soft+weight+smoothing", probabilities(shape))
     case(nn.CrossEntropyLoss(), shape, "soft, no sum of 1", 2 * probabilities(shape) ** 2)
-for index, extra in itertools.product((-100, -1, 1, 255), ({}, {"weight": W}, {"label_smoothing": 0.3}, {"weight": W, "label_smoothing": 0.3})):
+for index, extra in itertools.product(
+    (-100, -1, 1, 255), ({}, {"weight": W}, {"label_smoothing": 0.3}, {"weight": W, "label_smoothing": 0.3})
+):
     target = labels(3, 4, 2, seed=5)
     if index != 1:
         target[0, 1] = target[2, 0] = index
@@ -74,7 +74,9 @@ for shape in [(4,), (4, 3), (2, 4, 3)]:
     bits, row = labels(2, *shape, seed=6).double(), W if len(shape) > 1 else normal(4, seed=7).abs()
     case(nn.BCEWithLogitsLoss(weight=row), shape, "bce weight", bits)
     case(nn.BCEWithLogitsLoss(pos_weight=row), shape, "bce pos_weight", bits)
-    case(nn.BCEWithLogitsLoss(weight=normal(*shape, seed=9).abs(), pos_weight=row), shape, "bce both, soft", normal(*shape, seed=5).sigmoid())
+    case(
+        nn.BCEWithLogitsLoss(weight=normal(*shape, seed=9).abs(), pos_weight=row), shape, "bce both, soft", normal(*shape, seed=5).sigmoid()
+    )
     y, v = normal(*shape, seed=6), normal(*shape, seed=7).abs() + 0.1
     case(nn.GaussianNLLLoss(), shape, "nll number", y, 0.7)
     case(nn.GaussianNLLLoss(full=True), shape, "nll full", y, v)
@@ -100,7 +102,9 @@ def test_scale_divides_the_sum_into_the_loss(criterion: nn.Module, output: Tenso
     likelihood = seen(criterion, output, more)
     terms = likelihood.terms(output, target)
     assert [a for a, b in zip(terms.shape, output.shape, strict=True) if a != b] == [1] * len(likelihood.event(output))
-    per_term = 1.0 if isinstance(likelihood, Categorical) or criterion.reduction == "sum" else 1 / (output.shape[-1] if output.dim() > 1 else 1)
+    per_term = (
+        1.0 if isinstance(likelihood, Categorical) or criterion.reduction == "sum" else 1 / (output.shape[-1] if output.dim() > 1 else 1)
+    )
     close(criterion(output, target, *more), total(output, target, *more) * per_term * likelihood.scale(output, target))
 
 
@@ -132,7 +136,7 @@ def test_labels_of_the_model_have_mean_zero_and_the_hessian_as_covariance(
     order = dense_terms.rows(criterion, torch.arange(output.numel()).reshape(output.shape))
     for row, weight, got, place in zip(flat, weights, dense_terms.rows(criterion, drawn), order, strict=True):
         one = row.clone().requires_grad_()
-        every = [(p, torch.autograd.grad(l, one, retain_graph=True)[0]) for p, l in dense_terms.model_labels(criterion, one, weight)]
+        every = [(p, torch.autograd.grad(loss, one, retain_graph=True)[0]) for p, loss in dense_terms.model_labels(criterion, one, weight)]
         close(sum(p * g for p, g in every), torch.zeros_like(row))
         close(scale * sum(p * torch.outer(g, g) for p, g in every), H[place][:, place])
         assert any(torch.allclose(got, g, rtol=0, atol=1e-12) for _, g in every)
@@ -181,96 +185,11 @@ def test_class_weights_square_in_the_empirical_fisher() -> None:
     y = torch.full_like(y, 1)
     for matrix, degree in (("ggn", 1), ("empirical_fisher", 2)):
         weighted = nn.CrossEntropyLoss(weight=torch.full((3,), c, dtype=torch.float64), reduction="sum")
-        got = [precond.curvature(net(), each, x, y, matrix=matrix, repr="full").to_dense() for each in (weighted, nn.CrossEntropyLoss(reduction="sum"))]
+        got = [
+            precond.curvature(net(), each, x, y, matrix=matrix, repr="full").to_dense()
+            for each in (weighted, nn.CrossEntropyLoss(reduction="sum"))
+        ]
         close(got[0], c**degree * got[1])
-
-
-class Heads(nn.Module):
-    """A mean and a positive variance."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared, self.mean, self.spread = nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.shared(x).tanh()
-        return self.mean(h), F.softplus(self.spread(h)) + 0.1
-
-
-def expected_fisher(model: nn.Module, x: Tensor, scale: float) -> Tensor:
-    """By Gauss-Hermite quadrature over every target, with plain autograd: scale * sum over entries of E[g g^T]."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(5)
-    total: Any = 0
-    mean, var = model(x)
-    for f, v in zip(mean.flatten(), var.flatten(), strict=True):
-        for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-            y = (f + v.sqrt() * float(node)).detach()
-            loss = 0.5 * (v.log() + (f - y) ** 2 / v)
-            g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
-            total = total + float(weight) * torch.outer(g, g)
-    return scale * total
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_variance_made_by_the_model_has_the_fisher_matrix_of_mean_and_variance(reduction: str) -> None:
-    model, criterion, x, y = seeded(Heads), nn.GaussianNLLLoss(reduction=reduction), normal(5, 4), normal(5, 2, seed=3)
-    preconditioner = make("fisher", loss_weights="given").attach(model, criterion)
-    criterion(*(lambda f, v: (f, y, v))(*model(x))).backward()
-    preconditioner.step()
-    scale = 1 / 10 if reduction == "mean" else 1.0
-    torch.testing.assert_close(preconditioner.operators["model"].to_dense(), expected_fisher(seeded(Heads), x, scale), **EXACT)
-    flat = seeded(Heads)
-    f, v = flat(x)
-    loss = criterion(f, y, v)
-    g = torch.autograd.grad(loss, list(flat.parameters()), create_graph=True)
-    row = torch.cat([t.flatten() for t in torch.autograd.grad(g[0][0, 0], list(flat.parameters()))])
-    assert (row - preconditioner.operators["model"].to_dense()[0]).norm() > 1e-3 * row.norm()
-
-
-@pytest.mark.parametrize("shape", [(4,), (4, 2)])
-def test_what_is_sent_back_for_mean_and_variance_is_the_gradient_at_a_drawn_target(shape: tuple[int, ...]) -> None:
-    f, var, y = normal(*shape), (normal(*shape, seed=2).abs() + 0.1).requires_grad_(), normal(*shape, seed=3)
-    criterion = nn.GaussianNLLLoss()
-    likelihood, both = likelihoods.resolve(criterion).given(f, var)
-    both = both.detach()
-
-    def gradient(target: Tensor) -> Tensor:
-        leaves = f.clone().requires_grad_(), var.detach().clone().requires_grad_()
-        return torch.stack(torch.autograd.grad(criterion(leaves[0], target, leaves[1]), leaves), -1)
-
-    def pairs(flat: Tensor) -> Tensor:
-        return torch.stack(flat.chunk(2, -1), -1).reshape(*shape, 2)
-
-    scale = likelihood.scale(both, y)
-    close(pairs(scale * likelihood.gradient(both, y)), gradient(y))
-    noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    drawn = likelihood.sample(both, y, torch.Generator().manual_seed(3)) * (1 / (shape[1] if len(shape) > 1 else 1)) ** 0.5
-    close(pairs(scale * drawn), gradient(f - var.detach().sqrt() * noise))
-
-
-@pytest.mark.parametrize("matrix", ["ggn", "fisher"])
-def test_the_hessian_in_the_variance_is_indefinite_and_no_ggn(matrix: str) -> None:
-    model, criterion, x, y = seeded(Heads), nn.GaussianNLLLoss(), normal(5, 4), normal(5, 2, seed=3)
-    make(matrix).attach(model, criterion)
-    mean, var = model(x)
-    if matrix == "fisher":
-        criterion(mean, y, var=var).backward()
-    else:
-        with pytest.raises(ObservationError, match="use the matrix 'fisher'"):
-            criterion(mean, y, var=var).backward()
-
-
-@pytest.mark.parametrize("matrix", ["ggn", "fisher", "hessian", "empirical_fisher"])
-@pytest.mark.parametrize("repr", ["full", "matrix_free"])
-def test_curvature_takes_the_target_and_the_variance_as_a_pair(matrix: str, repr: str) -> None:
-    x, y, var, criterion = normal(5, 4), normal(5, 3, seed=3), normal(5, 3, seed=4).abs() + 0.1, nn.GaussianNLLLoss()
-    bound: Any = lambda output, target: criterion(output, target, var)  # noqa: E731
-    if matrix == "empirical_fisher":
-        rows = torch.stack([dense.gradient(net(), lambda f, t, i=i: criterion(f[i], t[i], var[i]), x, y) for i in range(5)])
-        want = rows.T @ rows / 5
-    else:
-        want = getattr(dense, "ggn" if matrix == "fisher" else matrix)(net(), bound, x, y)
-    close(precond.curvature(net(), criterion, x, (y, var), matrix=matrix, repr=repr).to_dense(), want)
 
 
 def test_an_option_changed_on_the_criterion_counts_at_the_next_call() -> None:

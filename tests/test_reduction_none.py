@@ -2,10 +2,9 @@
 
 - `criterion(f, y).mean()` is reduction="mean": the same matrix and the same steps, for every criterion, kind of observation and both
   settings of `loss_weights`; a mask divided by its sum is `ignore_index`; so is `loss.sum() / counted` with ignored targets.
-- Weights G of terms enter the GGN, the Fisher and the Hessian as sum G C / sum G, the empirical Fisher as sum G^2 g g^T / sum G^2; a constant
-  factor of the loss, AMP's included, is in the weight of the call alone. Micro-batches of unequal masks are one batch.
-- An elementwise criterion weighs every output. Products see the same weights as columns; drawn labels have the weighted Fisher matrix as
-  their expectation.
+- Weights G of terms enter the GGN, the Fisher and the Hessian as sum G C / sum G, the empirical Fisher as sum G^2 g g^T / sum G^2; a
+  constant factor of the loss, AMP's included, is in the weight of the call alone. Micro-batches of unequal masks are one batch.
+- Drawn labels have the weighted Fisher matrix as their expectation.
 - A call whose terms are all masked adds nothing. Weights of both signs are refused. A functional loss that is not reduced works through
   `observe`.
 """
@@ -26,7 +25,6 @@ import dense
 import precond
 from nets import CASES, labels, normal
 from precond import ObservationError, likelihoods
-from precond.likelihoods import Likelihood, exact_columns, weigh
 from precond.observe import columns
 from training import EXACT, KINDS, batches, differ, fit, make, net, of, same, sgd
 
@@ -154,59 +152,6 @@ def test_a_micro_batch_that_is_masked_whole_adds_nothing(matrix: str) -> None:
     assert_close(preconditioner.operators["model"].to_dense(), of(matrix)(net(), x, y), **EXACT)
 
 
-CALLS = [
-    ("ce", nn.CrossEntropyLoss(reduction="none"), normal(4, 3), labels(3, 4), ()),
-    ("ce tokens", nn.CrossEntropyLoss(weight=W, label_smoothing=0.2, ignore_index=1, reduction="none"), normal(2, 3, 4), labels(3, 2, 4), ()),
-    ("ce one", nn.CrossEntropyLoss(reduction="none"), normal(3), torch.tensor(1), ()),
-    ("mse", nn.MSELoss(reduction="none"), normal(4, 3), normal(4, 3, seed=2), ()),
-    ("mse row", nn.MSELoss(reduction="none"), normal(4), normal(4, seed=2), ()),
-    ("bce", nn.BCEWithLogitsLoss(pos_weight=W, reduction="none"), normal(2, 4, 3), labels(2, 2, 4, 3).double(), ()),
-    ("nll", nn.GaussianNLLLoss(reduction="none"), normal(4, 3), normal(4, 3, seed=2), (normal(4, seed=3).abs(),)),
-]
-each_call = pytest.mark.parametrize(("criterion", "output", "target", "more"), [pytest.param(*c, id=name) for name, *c in CALLS])
-
-
-def user_weights(losses: Tensor) -> Tensor:
-    return normal(losses.numel(), seed=7).abs().view(losses.shape)
-
-
-def weighed(criterion: nn.Module, output: Tensor, target: Tensor, more: tuple[Any, ...]) -> tuple[Likelihood, Tensor]:
-    """The likelihood of the call, and what multiplies its sums in the loss."""
-    likelihood, seen = likelihoods.resolve(criterion).given(output, *more)
-    likelihood, weight, scale = weigh(likelihood, seen, target, user_weights(criterion(output, target, *more)))
-    return likelihood, weight * scale
-
-
-@each_call
-def test_gradient_product_and_factor_of_a_weighted_call_are_autograds(
-    criterion: nn.Module, output: Tensor, target: Tensor, more: tuple[Any, ...]
-) -> None:
-    likelihood, unit = weighed(criterion, output, target, more)
-
-    by_hand = user_weights(criterion(output, target, *more))
-
-    def loss(flat: Tensor) -> Tensor:
-        return (by_hand * criterion(flat.reshape(output.shape), target, *more)).sum()
-
-    H, g, v = torch.func.hessian(loss)(output.flatten()), torch.func.grad(loss)(output.flatten()), normal(*output.shape, seed=9)
-    assert_close((unit * likelihood.gradient(output, target)).flatten(), g, **EXACT)
-    assert_close((unit * likelihood.hessian_product(output, target, v)).flatten(), H @ v.flatten(), **EXACT)
-    batch = output.shape[0] if output.dim() > 1 or target.dim() else 1
-    made = exact_columns(likelihood, output, target, batch).reshape(-1, batch, output.numel() // batch)
-    assert_close(torch.block_diag(*(unit * torch.einsum("kni,knj->nij", made, made))), H, **EXACT)
-
-
-@each_call
-def test_an_even_weight_is_the_mean_of_the_criterion(criterion: nn.Module, output: Tensor, target: Tensor, more: tuple[Any, ...]) -> None:
-    likelihood, seen = likelihoods.resolve(criterion).given(output, *more)
-    for even in (1.0, 0.3):
-        made, weight, scale = weigh(likelihood, seen, target, torch.full_like(criterion(output, target, *more), even))
-        assert_close(scale, likelihood.scale(seen, target), **EXACT)
-        assert_close(made.gradient(seen, target), likelihood.gradient(seen, target), **EXACT)
-        per_term = output.shape[-1] if likelihood.event(output) == (output.dim() - 1,) and target.shape == output.shape else 1
-        assert_close(weight * scale, torch.tensor(even * per_term, dtype=torch.float64), **EXACT)
-
-
 def test_drawn_labels_of_weighted_terms_have_the_weighted_fisher_matrix_as_expectation(monkeypatch: pytest.MonkeyPatch) -> None:
     """All 27 labellings of three examples, each with its probability."""
     x, y, c = normal(3, 4), labels(3, 3), torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
@@ -227,7 +172,9 @@ def test_drawn_labels_of_weighted_terms_have_the_weighted_fisher_matrix_as_expec
 def test_curvature_of_an_unreduced_criterion_is_that_of_its_mean(name: str, matrix: str) -> None:
     case = CASES[name]
     none = type(case.criterion)(reduction="none")
-    got, want = (precond.curvature(case.make(), c, case.inputs, case.targets, matrix=matrix, repr="layer").to_dense() for c in (none, case.criterion))
+    got, want = (
+        precond.curvature(case.make(), c, case.inputs, case.targets, matrix=matrix, repr="layer").to_dense() for c in (none, case.criterion)
+    )
     assert_close(got, want, **EXACT)
     batched = precond.curvature(
         case.make(), none, batches=[(case.inputs[:1], case.targets[:1]), (case.inputs[1:], case.targets[1:])], matrix=matrix, repr="layer"
@@ -263,3 +210,16 @@ def test_the_columns_of_masked_terms_are_zero() -> None:
     found = columns(preconditioner._session.observer if hasattr(preconditioner, "_session") else preconditioner._observer, 0)
     g = found.parts[0].layers["2"][0].grad
     assert g is not None and not g[:, ~IGNORED].any() and g[:, IGNORED].any()
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "empirical_fisher"])
+def test_an_unreduced_criterion_beside_a_reduced_one_on_the_same_output(matrix: str) -> None:
+    found = []
+    for none in (True, False):
+        model, (x, y) = net(), batches(1)[0]
+        criteria = [nn.CrossEntropyLoss(reduction="none" if none else "mean"), nn.MSELoss()]
+        preconditioner, f = make(matrix, loss_weights="given").attach(model, criteria), model(x)
+        (criteria[0](f, y).mean() + 0.3 * criteria[1](f, F.one_hot(y, 3).double())).backward()
+        preconditioner.step()
+        found.append(preconditioner.operators["model"].to_dense())
+    assert_close(*found, **EXACT)

@@ -49,7 +49,9 @@ class Likelihood(ABC):
     def given(self, output: Tensor, *arguments: Any) -> tuple[Likelihood, Tensor]:
         """The likelihood and the output it sees where the criterion was called with more than (output, target)."""
         if arguments:
-            raise ObservationError(f"the {self.name!r} likelihood models criterion(output, target), not further arguments of the criterion.")
+            raise ObservationError(
+                f"the {self.name!r} likelihood models criterion(output, target), not further arguments of the criterion."
+            )
         return self, output
 
     @abstractmethod

@@ -81,8 +81,8 @@ class Categorical(Likelihood):
 
     def _mass(self, output: Tensor, target: Tensor) -> Tensor:
         """M = sum_c w_c q_c of every term, with the class dimension kept."""
-        if self.weight is None and not target.is_floating_point():
-            return self._mask(output, target).to(full(output).dtype)
+        if not target.is_floating_point() and (self.weight is None or not self.label_smoothing):
+            return self.terms(output, target).to(full(output).dtype)  # the same without the memory of one number a class
         return self._target(output, target).sum(self.event(output), keepdim=True)
 
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ class LayerColumns:
     training: bool
     batch: int
     rows: str | None = None
+    once: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What depends on the inputs alone, kept while the columns of one call come a few at a time."""
 
     @property
     def input(self) -> Tensor:

@@ -327,6 +327,8 @@ class Observer:
             for block, statistics in found.items():
                 old = total.get(block)
                 total[block] = statistics if old is None else {name: old[name] + value for name, value in statistics.items()}
+        for call in part.forward.calls:
+            call.once.clear()
         return total
 
     def _weights(self) -> int:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block
-from precond.layers import OneHot
 from precond.layers import Rule as LayerRule
 from precond.observe import Columns, Factors, Observation, Part
 from precond.operators import Diagonal, Kronecker, Operator
@@ -66,14 +65,13 @@ class KronIO(Representation):
 
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
         if isinstance(observation, Factors):
-            found = _absent(block)
+            seen = _absent(block)
             for part in observation.parts:
-                rows = self._inputs(part, block)
-                if rows:
-                    weight = (part.share * part.scale).to(found["A"].dtype)
-                    sums, number = input_sums(rows, found["A"].dtype)
-                    found["A"], found["rows"] = found["A"] + sums * weight, found["rows"] + number * weight
-            return found | {"B": _identity(found["B"])}
+                moments = self._moments(part, block, seen["A"].dtype)
+                if moments is not None:
+                    weight = (part.share * part.scale).to(seen["A"].dtype)
+                    seen["A"], seen["rows"] = seen["A"] + moments[0] * weight, seen["rows"] + moments[1] * weight
+            return seen | {"B": _identity(seen["B"])}
         if not isinstance(observation, Columns):
             raise refuse_kind(self, observation)
         sums: list[Tensor] | None = None
@@ -88,21 +86,28 @@ class KronIO(Representation):
 
     def _sums(self, part: Part, block: Block) -> tuple[Tensor, Tensor, Tensor] | None:
         """(sum of a a^T, the number of its rows, sum of g g^T) over the calls of one part."""
-        inputs = self._inputs(part, block)
         grads = [layer.rule.outputs(seen) for layer, seen in block.calls(part)]
-        if not inputs:
+        moments = self._moments(part, block, grads[0].dtype) if grads else None
+        if moments is None:
             return None
         if self.sharing == "reduce":
             grads = [torch.stack([g.sum(3) for g in grads]).sum(0).unsqueeze(3)]
-        return *input_sums(inputs, grads[0].dtype), second_moment([_flat_grad(g) for g in grads])
+        return *moments, second_moment([_flat_grad(g) for g in grads])
 
-    def _inputs(self, part: Part, block: Block) -> list[Tensor | OneHot]:
-        """The inputs (G, N, R, in') of the calls of one part, averaged over positions where sharing is by reduction."""
-        inputs = input_rows(part, block, check=self.sharing == "reduce")
-        tensors = [a for a in inputs if isinstance(a, Tensor)]
-        if self.sharing == "expand" or not tensors:
-            return inputs
-        return [torch.stack([a.sum(2) for a in tensors]).sum(0).unsqueeze(2) / sum(a.shape[2] for a in tensors)]
+    def _moments(self, part: Part, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """(sum of a a^T, the number of its rows), taken once for all the columns of a call."""
+        calls = list(block.calls(part))
+        if not calls:
+            return None
+        kept, key = calls[0][1].once, f"{block.name}.{self.sharing}"
+        if key not in kept:
+            inputs = input_rows(part, block, check=self.sharing == "reduce")
+            tensors = [a for a in inputs if isinstance(a, Tensor)]
+            if self.sharing == "reduce" and tensors:  # first averaged over positions
+                inputs = [torch.stack([a.sum(2) for a in tensors]).sum(0).unsqueeze(2) / sum(a.shape[2] for a in tensors)]
+            kept[key] = input_sums(inputs, dtype)
+        found: tuple[Tensor, Tensor] = kept[key]
+        return found
 
     def operator(self, statistics: Statistics, block: Block) -> Operator:
         rows, B = statistics["rows"], statistics["B"]

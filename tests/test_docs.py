@@ -1,0 +1,96 @@
+"""Claims about the pages in docs/: every block of Python in them runs, one after another, and what they define is right.
+
+- The blocks of a page share one namespace; registries and the random state are put back afterwards.
+- The Poisson likelihood of `likelihoods.md` has autograd's gradient and Hessian, its draws have them as mean and covariance by enumeration,
+  and `precond.curvature` with it is the oracle's, for every reduction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dense
+import precond
+from nets import normal
+from precond.likelihoods import exact_columns
+from training import net
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text())
+close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    axes = [axis.REGISTRY for axis in (precond.likelihoods, precond.matrices, precond.representations, precond.solvers)]
+    saved = [dict(registry._members) for registry in axes]
+    with torch.random.fork_rng(devices=[]):
+        yield
+    for registry, members in zip(axes, saved, strict=True):
+        registry._members.clear()
+        registry._members.update(members)
+
+
+def run(page: Path) -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    text = page.read_text()
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        padding = "\n" * text[: block.start(1)].count("\n")  # so that a traceback has the line of the page
+        exec(compile(padding + block.group(1), page, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page: Path) -> None:
+    torch.manual_seed(0)
+    assert run(page)
+
+
+@pytest.fixture
+def poisson() -> Any:
+    return run(DOCS / "likelihoods.md")["Poisson"]
+
+
+COUNTS = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0], [1.0, 1.0, 0.0], [2.0, 0.0, 4.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_poisson_likelihood_is_exact(poisson: Any, reduction: str) -> None:
+    f, criterion = normal(4, 3), nn.PoissonNLLLoss(reduction=reduction)
+    likelihood = precond.likelihoods.resolve(criterion)
+    assert isinstance(likelihood, poisson)
+    scale, v = likelihood.scale(f, COUNTS), normal(4, 3, seed=2)
+    close(scale * likelihood.gradient(f, COUNTS), torch.func.grad(lambda f: criterion(f, COUNTS))(f))
+    H = torch.func.hessian(lambda flat: criterion(flat.view(4, 3), COUNTS))(f.flatten())
+    close((scale * likelihood.hessian_product(f, COUNTS, v)).flatten(), H @ v.flatten())
+    columns = exact_columns(likelihood, f, COUNTS, 4).reshape(-1, 4, 3)
+    close(torch.block_diag(*(scale * torch.einsum("kni,knj->nij", columns, columns))), H)
+    rate, k = f.exp(), torch.arange(60, dtype=torch.float64).view(-1, 1, 1)
+    p = (k * f - rate - torch.lgamma(k + 1)).exp()
+    close((p * likelihood.gradient(f, k)).sum(0), torch.zeros_like(f))
+    close(scale * (p * likelihood.gradient(f, k).square()).sum(0), H.diagonal().view(4, 3))
+    drawn = rate - likelihood.sample(f, COUNTS, torch.Generator().manual_seed(0))
+    close(drawn, drawn.round())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("matrix", ["ggn", "fisher", "hessian"])
+@pytest.mark.parametrize("repr", ["full", "matrix_free"])
+def test_curvature_with_the_poisson_likelihood_is_the_oracles(poisson: Any, repr: str, matrix: str, reduction: str) -> None:
+    x, given = normal(4, 4), nn.PoissonNLLLoss(reduction="mean" if reduction == "none" else reduction)
+    want = getattr(dense, "hessian" if matrix == "hessian" else "ggn")(net(), given, x, COUNTS)
+    got = precond.curvature(net(), nn.PoissonNLLLoss(reduction=reduction), x, COUNTS, matrix=matrix, repr=repr)
+    close(got.to_dense(), want)
+
+
+def test_an_option_the_poisson_likelihood_does_not_model_is_refused(poisson: Any) -> None:
+    with pytest.raises(precond.ObservationError, match=r"PoissonNLLLoss\(log_input=False\) is not modelled"):
+        precond.likelihoods.resolve(nn.PoissonNLLLoss(log_input=False))
