@@ -24,7 +24,7 @@ import dense_cells
 import precond
 from nets import CASES, Case, normal
 from pairs import LEFT, PAIRS, SAMPLED, entries, exactly
-from precond import matrices, representations
+from precond import matrices
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 

@@ -139,8 +139,8 @@ def test_6_it_has_rank_one_and_the_trace_of_the_squared_gradient() -> None:
     C = CASES["mlp"]
     M, g = curve(C, "batched_empirical_fisher"), dense.gradient(C.make(), C.criterion, C.inputs, C.targets)
     close(M.trace(), g @ g)
-    for M in (M, curve(C, "batched_fisher_mc")):
-        assert torch.linalg.matrix_rank(M, rtol=1e-10, hermitian=True) == 1
+    for each in (M, curve(C, "batched_fisher_mc")):
+        assert torch.linalg.matrix_rank(each, rtol=1e-10, hermitian=True) == 1
 
 
 # -- 9 -----------------------------------------------------------------------------------------------------------------
@@ -226,6 +226,25 @@ def test_the_average_of_the_absolute_hessian_is_that_of_the_average() -> None:
     each = [dense.hessian(net(), CE, x, y) for x, y in batches(3)]
     close(matrix_of(p), dense_derived.absolute(ema(each)))
     assert apart(matrix_of(p), ema([dense_derived.absolute(H) for H in each]))
+
+
+@pytest.mark.parametrize("repr", ["full", "layer", "unit", "kron_io"])
+def test_a_layer_that_was_not_called_has_no_moment_and_takes_none_from_others(repr: str) -> None:
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    C = case(Skipping, CE, normal(6, 4), labels(3, 6))
+    M, alone = (
+        curve(C, "input_second_moment", repr),
+        curve(case(lambda: nn.Linear(4, 3), CE, C.inputs, C.targets), "input_second_moment", repr),
+    )
+    close(M[:15, :15], alone)
+    assert alone.any() and not M[15:].any() and not M[:, 15:].any()
 
 
 # -- layers without inputs ---------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _axis(registry: Any) -> Members:
-    return {name: _first_line(registry.get(name)) for name in registry.names()}
+    return {name: _described(registry.get(name)) for name in registry.names()}
 
 
 def _recipes() -> Members:
@@ -122,9 +122,11 @@ def _combinations(*, every: bool, as_json: bool) -> int:
     return 0
 
 
-def _first_line(member: object) -> str:
-    lines = (inspect.getdoc(member) or "").splitlines()
-    return lines[0] if lines else ""
+def _described(member: object) -> str:
+    """The first sentence of a member's docstring, and what a matrix needs."""
+    text = " ".join((inspect.getdoc(member) or "").split("\n\n")[0].split())
+    needs = getattr(member, "needs", None)
+    return f"{text} [needs {needs}]" if needs else text
 
 
 # precond show

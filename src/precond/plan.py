@@ -144,6 +144,8 @@ def make_plan(partition: Partition, default: Triple, overrides: Overrides | None
             groups.setdefault(id(triple), (triple, []))[1].append(owner)
     for triple, owners in groups.values():
         _plan_group(draft, triple, owners)
+    if not draft.blocks:
+        raise UsageError("every layer of the model is left out, by an override or because the matrix has no meaning there: nothing is preconditioned.")
     demands = tuple(draft.demands())
     _refuse_layers(partition, demands)
     return Plan(partition, tuple(draft.blocks), demands, draft.left)

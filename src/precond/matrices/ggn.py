@@ -45,7 +45,9 @@ class GGN(Matrix):
         if self.estimator not in get_args(Estimator):
             raise ValueError(f"GGN(estimator={self.estimator!r}): choose {' or '.join(repr(e) for e in get_args(Estimator))}.")
         if self.samples < 1 or (self.samples > 1 and self.estimator == "exact"):
-            raise ValueError(f"GGN(samples={self.samples}): at least one column of signs is drawn, and only with estimator='curvature_propagation'.")
+            raise ValueError(
+                f"GGN(samples={self.samples}): at least one column of signs is drawn, and only with estimator='curvature_propagation'."
+            )
 
     def cotangents(self, context: Context) -> Tensor:
         _refuse_indefinite(context)

@@ -117,8 +117,7 @@ def dense_matrix(observation: Observation, block: Block) -> Tensor:
         gradient = mean_gradient(observation, block)
         return torch.outer(gradient, gradient)
     if isinstance(observation, Factors):
-        inputs = input_matrix(observation, block)
-        return zeros(block, block.n, block.n) if inputs is None else inputs
+        return input_matrix(observation, block)
     if isinstance(observation, Product):
         return torch.cat([rows for _, rows in product_columns(observation, block)])
     total: Tensor | None = None

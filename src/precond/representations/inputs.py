@@ -81,18 +81,21 @@ def unit_blocks(observation: Factors, block: Block) -> Tensor | None:
     return A.expand(rows, width, width).clone() if A.dim() == 2 else A.repeat_interleave(rows // A.shape[0], dim=0)
 
 
-def input_matrix(observation: Factors, block: Block) -> Tensor | None:
+def input_matrix(observation: Factors, block: Block) -> Tensor:
     """I (x) A of every layer of a block in flat coordinates, (n, n); nothing between layers."""
     owners: dict[str, list[Parameter]] = {}
     for p in block.parameters:
         owners.setdefault(p.owner, []).append(p)
     pieces = []
     for owner, params in owners.items():
-        flat = Block(owner, tuple(params), {n: layer for n, layer in block.layers.items() if any(n == u for p in params for u, _ in p.uses)})
+        flat = Block(
+            owner, tuple(params), {n: layer for n, layer in block.layers.items() if any(n == u for p in params for u, _ in p.uses)}
+        )
         table = replace(flat, rows=params[0].shape[0])
         blocks = unit_blocks(observation, table)
-        if blocks is None:
-            return None
+        if blocks is None:  # not called in this step
+            pieces.append(torch.zeros(flat.n, flat.n, dtype=_dtype(flat), device=observation.weight.device))
+            continue
         start = params[0].start
         order = table.positions() - start
         dense = torch.zeros(flat.n, flat.n, dtype=blocks.dtype, device=blocks.device)
