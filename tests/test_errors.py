@@ -184,7 +184,7 @@ def test_observe_without_a_likelihood_or_of_a_foreign_output_is_refused() -> Non
 
 def test_a_criterion_on_several_forward_passes_is_refused() -> None:
     model, criterion = net(), CE()
-    make().attach(model, criterion)
+    _held = make().attach(model, criterion)
     x, y = batches(1)[0]
     refused(lambda: criterion(model(x) + model(x), y), ObservationError, "several forward passes", "add the losses")
 

@@ -92,7 +92,7 @@ def test_what_is_sent_back_for_mean_and_variance_is_the_gradient_at_a_drawn_targ
 @pytest.mark.parametrize("matrix", ["ggn", "fisher"])
 def test_the_hessian_in_the_variance_is_indefinite_and_no_ggn(matrix: str) -> None:
     model, criterion, x, y = seeded(Heads), nn.GaussianNLLLoss(), normal(5, 4), normal(5, 2, seed=3)
-    make(matrix).attach(model, criterion)
+    _held = make(matrix).attach(model, criterion)
     mean, var = model(x)
     if matrix == "fisher":
         criterion(mean, y, var=var).backward()

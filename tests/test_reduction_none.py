@@ -184,7 +184,7 @@ def test_curvature_of_an_unreduced_criterion_is_that_of_its_mean(name: str, matr
 
 def test_weights_of_both_signs_are_refused() -> None:
     model, criterion, (x, y) = net(), nn.CrossEntropyLoss(reduction="none"), batches(1)[0]
-    make().attach(model, criterion)
+    _held = make().attach(model, criterion)
     with pytest.raises(ObservationError, match="with both signs"):
         (criterion(model(x), y) * (C - 0.5)).sum().backward()
 

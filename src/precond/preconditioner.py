@@ -161,7 +161,7 @@ class Preconditioner:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def observe(self, loss: Tensor, output: Tensor, target: Tensor) -> Tensor:
+    def observe(self, loss: Tensor, output: Tensor, target: Tensor | tuple[Tensor, ...]) -> Tensor:
         """Watch a loss that no criterion module computed; call it before `loss.backward()`. Returns the loss."""
         session = self._attached()
         if not session.criteria:
