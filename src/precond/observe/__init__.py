@@ -2,12 +2,13 @@
 
 from precond.observe.assemble import columns, factors, product, reduced, sampled_gradient
 from precond.observe.batch import differentiate_batch
+from precond.observe.demand import Context, Demand
 from precond.observe.grouping import by_layer
 from precond.observe.guard import busy, own_pass
 from precond.observe.hooks import Handles, Hook
 from precond.observe.names import canonical
 from precond.observe.observation import Columns, Factors, Gradient, Kind, LayerColumns, Observation, Part, Product, Tensors
-from precond.observe.observer import Context, Demand, Observer
+from precond.observe.observer import Observer
 from precond.observe.passes import batched_grad, nested_columns
 from precond.observe.randomness import keyed_generator
 from precond.observe.records import CriterionCall, Forward

@@ -13,133 +13,54 @@ It turns events into records, and records into the observations that matrices ar
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from precond.likelihoods import Likelihood, weigh
 from precond.numerics import full_precision
 from precond.observe.bridge import find_bridge
+from precond.observe.demand import Context, Demand, Reduce, Reduced
 from precond.observe.grouping import by_layer
 from precond.observe.guard import busy
-from precond.observe.hooks import Handles, Hook
+from precond.observe.hooks import Hook
 from precond.observe.matching import find_forward, refuse_reentrant_checkpoint
-from precond.observe.observation import Kind, LayerColumns, Part
+from precond.observe.observation import LayerColumns, Part
 from precond.observe.passes import batched_grad, nested_columns
 from precond.observe.randomness import keyed_generator
-from precond.observe.records import Call, Clock, CriterionCall, Forward
-from precond.observe.replay import save_rng
+from precond.observe.recorder import Recorder
+from precond.observe.records import CriterionCall
 from precond.observe.selfcheck import SelfCheck
-from precond.observe.trees import detached, tensors_in, versions
 
 Target = Tensor | tuple[Any, ...]
-_keys = itertools.count()
 _COLUMN_ELEMENTS = 1 << 20  # numbers at the outputs of all layers that columns may hold at once, however small the model
-_LIVE_FORWARDS = 16  # graphs of never-differentiated forward passes with several outputs that may be alive at once
 
 
-@dataclass(frozen=True)
-class Context:
-    """What a matrix may look at to choose the cotangents it sends back from one criterion call."""
-
-    likelihood: Likelihood
-    output: Tensor
-    target: Tensor
-    batch: int
-    generator: torch.Generator
-
-
-class Source(Protocol):
-    """What the observer asks of a matrix."""
-
-    @property
-    def true_gradient(self) -> bool: ...
-    @property
-    def sampled(self) -> bool: ...
-
-    def cotangents(self, context: Context) -> Tensor: ...
-
-    def chunks(self, context: Context, limit: int) -> Iterator[Tensor]: ...
-
-
-Reduced = dict[str, dict[str, Tensor]]
-"""Statistics by block."""
-Reduce = Callable[[Part], Reduced]
-
-
-@dataclass(frozen=True)
-class Demand:
-    """One matrix, the kind of observation resolved for it, and the layers whose blocks need it.
-
-    reduce: from some columns of one criterion call to statistics by block, which add over columns; where every block
-    can, columns are reduced a few at a time in the loss hook and never held together.
-    """
-
-    matrix: Source
-    kind: Kind
-    layers: frozenset[str]
-    params: Mapping[str, nn.Parameter] = field(default_factory=dict, compare=False)
-    reduce: Reduce | None = field(default=None, compare=False)
-
-    @property
-    def backward(self) -> bool:
-        """Fed by the user's own backward pass."""
-        return self.kind == "columns" and self.matrix.true_gradient
-
-    @property
-    def sampled(self) -> bool:
-        """Fed by a nested pass down to the parameters, at drawn labels."""
-        return self.kind == "gradient" and self.matrix.sampled
-
-    @property
-    def nested(self) -> bool:
-        """Fed by a nested pass in the loss hook."""
-        return self.kind == "columns" and not self.matrix.true_gradient
-
-
-class Observer:
-    """Watches one model. `due()` says whether the present step observes; `step()` is its number.
-
-    `renew()` gives the observer that takes this one's place where the model's parameters changed since it was made.
-    """
+class Observer(Recorder):
+    """Watches one model and its criteria; `step()` is the number of the present step, `seed()` keys all draws."""
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, nn.Module], demands: Sequence[Demand], *, due: Callable[[], bool],
         step: Callable[[], int], seed: Callable[[], int], params: Sequence[nn.Parameter], rank: int = 0,
         rows: Mapping[str, str] | None = None, selfcheck: SelfCheck | None = None, renew: Callable[[], Observer | None] = lambda: None,
     ) -> None:  # fmt: skip
-        self.renew = renew
-        self.model, self.layers, self.demands = model, dict(layers), list(demands)
-        self.due, self.step, self.seed, self.rank = due, step, seed, rank
-        self.params = list(params)
-        self.rows, self.selfcheck = dict(rows or {}), selfcheck
+        super().__init__(model, layers, due, rows or {}, renew)
+        self.demands, self.params = list(demands), list(params)
+        self.step, self.seed, self.rank, self.selfcheck = step, seed, rank, selfcheck
         self.parts: list[CriterionCall] = []
-        self.clock = Clock()
-        self._key = f"precond.{next(_keys)}"
-        self._handles, self._layer_handles = Handles(), Handles()
-        self._open: Forward | None = None
-        self._multi_output: deque[weakref.ref[Forward]] = deque()
         self._passes = 0
         self._index = (-1, 0)  # (step, criterion calls seen in it)
         self._marks: list[tuple[bool, int]] = []
         self._versions_after: list[int] = []
 
-    # -- hooks ---------------------------------------------------------------------------------------------------
+    def _wants_true_columns(self) -> bool:
+        return any(d.backward for d in self.demands) or (self.selfcheck is not None and self.selfcheck.pending)
 
-    def watch_model(self) -> None:
-        """Hang the two hooks on the model; those on the layers come and go with observed forward passes."""
-        self._handles.add(
-            self.model.register_forward_pre_hook(Hook(self._begin_forward), with_kwargs=True),
-            self.model.register_forward_hook(Hook(self._end_forward), with_kwargs=True, always_call=True),
-        )
+    def _keeps_outputs(self) -> bool:
+        return any(d.kind == "product" for d in self.demands)
 
     def watch_criterion(self, criterion: nn.Module, likelihood: Likelihood) -> None:
         self._handles.add(criterion.register_forward_hook(Hook(self._after_criterion, likelihood), with_kwargs=True))
@@ -153,93 +74,6 @@ class Observer:
     def forget(self) -> None:
         """Drop the observations of the step."""
         self.parts = []
-
-    def _idle(self) -> bool:
-        return busy() or not torch.is_grad_enabled() or not self.due()
-
-    # -- the forward pass ----------------------------------------------------------------------------------------
-
-    def _begin_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if busy():
-            return
-        self.clock.backward = None  # a backward pass that raised never told us that it ended
-        self._layer_handles.remove()
-        self._open = None
-        if self._idle():
-            return
-        renewed = self.renew()
-        if renewed is not None:  # its own hooks, hung during this call, are called from the end of this pass on
-            renewed._begin_forward(model, args, kwargs)
-            return
-        tensor = next(tensors_in((args, kwargs)), None)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._open = Forward(
-            args, kwargs, batch=1 if tensor is None or tensor.dim() == 0 else tensor.shape[0], versions=versions((args, kwargs)),
-            rng=save_rng(device), autocast=(device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)),
-        )  # fmt: skip
-        true_columns = self._wants_true_columns()
-        for name, module in self.layers.items():
-            if module is not model:  # the model as a layer of its own is seen when its forward pass ends
-                hook = Hook(self._after_layer, name, true_columns)
-                self._layer_handles.add(module.register_forward_hook(hook, with_kwargs=True))
-
-    def _wants_true_columns(self) -> bool:
-        return any(d.backward for d in self.demands) or (self.selfcheck is not None and self.selfcheck.pending)
-
-    def _after_layer(
-        self, name: str, true_columns: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        forward = self._open
-        if forward is None or busy():
-            return
-        if not torch.is_grad_enabled():
-            forward.without_grad = True
-            return
-        edges: list[GradientEdge | int | None] = []
-        slots: list[list[tuple[int, Tensor]]] = []
-        for tensor in tensors_in(output):
-            slot: list[tuple[int, Tensor]] = []
-            slots.append(slot)
-            edges.append(get_gradient_edge(tensor) if tensor.requires_grad else None)
-            if true_columns and tensor.requires_grad:
-                tensor.register_hook(_keep_gradient(slot, self.clock))
-        rows = next((layout for pattern, layout in self.rows.items() if fnmatchcase(name, pattern)), None)
-        numbers = [e.output_nr if isinstance(e, GradientEdge) else 0 for e in edges]
-        inputs = (detached(args), detached(kwargs))
-        size = sum(tensor.numel() for tensor in tensors_in(output))
-        forward.calls.append(Call(name, module, *inputs, module.training, rows, edges, numbers, slots, versions(inputs), size))
-
-    def _end_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-        if busy():
-            return
-        self._layer_handles.remove()
-        for name, module in self.layers.items():
-            if module is model:
-                self._after_layer(name, self._wants_true_columns(), model, args, kwargs, output)
-        forward, self._open = self._open, None
-        if forward is None:
-            return
-        nodes = [tensor.grad_fn for tensor in tensors_in(output)]
-        if any(d.kind == "product" for d in self.demands):
-            forward.outputs = [tensor.detach() for tensor in tensors_in(output)]
-        for number, node in enumerate(nodes):
-            if node is None:
-                continue
-            # The node keeps the record and the record, upstream of it, not the node: dropping the output frees both.
-            carried: dict[str, Any] = node.metadata  # type: ignore[assignment]  # torch declares it a method
-            carried.setdefault(self._key, (forward, number))
-            for call in forward.calls:
-                call.edges = [number if isinstance(e, GradientEdge) and e.node is node else e for e in call.edges]
-        if len({id(node) for node in nodes if node is not None}) > 1:
-            self._bound(forward)
-
-    def _bound(self, forward: Forward) -> None:
-        """Records of forward passes with several outputs can be part of a cycle: only so many may stay undifferentiated."""
-        self._multi_output.append(weakref.ref(forward))
-        while len(self._multi_output) > _LIVE_FORWARDS:
-            oldest = self._multi_output.popleft()()
-            if oldest is not None:
-                oldest.calls.clear()
 
     # -- the criterion -------------------------------------------------------------------------------------------
 
@@ -381,13 +215,3 @@ class Observer:
             return
         for part in parts:  # what is kept until the step holds no graph
             part.output = part.output.detach()
-
-
-def _keep_gradient(slot: list[tuple[int, Tensor]], clock: Clock) -> Callable[[Tensor], None]:
-    """A tensor hook that keeps the true gradient; it holds the slot and the clock, never an observer or a graph."""
-
-    def keep(gradient: Tensor) -> None:
-        if clock.backward is not None and not busy():
-            slot.append((clock.backward, gradient.detach()))
-
-    return keep

@@ -1,0 +1,72 @@
+"""What is asked of an observer: a matrix, the kind of observation, and the layers whose blocks need it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from precond.likelihoods import Likelihood
+from precond.observe.observation import Kind, Part
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a matrix may look at to choose the cotangents it sends back from one criterion call."""
+
+    likelihood: Likelihood
+    output: Tensor
+    target: Tensor
+    batch: int
+    generator: torch.Generator
+
+
+class Source(Protocol):
+    """What the observer asks of a matrix."""
+
+    @property
+    def true_gradient(self) -> bool: ...
+    @property
+    def sampled(self) -> bool: ...
+
+    def cotangents(self, context: Context) -> Tensor: ...
+
+    def chunks(self, context: Context, limit: int) -> Iterator[Tensor]: ...
+
+
+Reduced = dict[str, dict[str, Tensor]]
+"""Statistics by block."""
+Reduce = Callable[[Part], Reduced]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """One matrix, the kind of observation resolved for it, and the layers whose blocks need it.
+
+    reduce: from some columns of one criterion call to statistics by block, which add over columns; where every block
+    can, columns are reduced a few at a time in the loss hook and never held together.
+    """
+
+    matrix: Source
+    kind: Kind
+    layers: frozenset[str]
+    params: Mapping[str, nn.Parameter] = field(default_factory=dict, compare=False)
+    reduce: Reduce | None = field(default=None, compare=False)
+
+    @property
+    def backward(self) -> bool:
+        """Fed by the user's own backward pass."""
+        return self.kind == "columns" and self.matrix.true_gradient
+
+    @property
+    def sampled(self) -> bool:
+        """Fed by a nested pass down to the parameters, at drawn labels."""
+        return self.kind == "gradient" and self.matrix.sampled
+
+    @property
+    def nested(self) -> bool:
+        """Fed by a nested pass in the loss hook."""
+        return self.kind == "columns" and not self.matrix.true_gradient

@@ -1,0 +1,151 @@
+"""The recorder: hooks on a model and its layers, and a record of every forward pass of an observed step."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from precond.observe.guard import busy
+from precond.observe.hooks import Handles, Hook
+from precond.observe.records import Call, Clock, Forward
+from precond.observe.replay import save_rng
+from precond.observe.trees import detached, tensors_in, versions
+
+_keys = itertools.count()
+_LIVE_FORWARDS = 16  # graphs of never-differentiated forward passes with several outputs that may be alive at once
+
+
+class Recorder(ABC):
+    """Opens a record in the model's pre-hook, fills it in the layers' hooks, closes it in the model's hook.
+
+    `due()` says whether the present step observes. `renew()` gives the recorder that takes this one's place where the
+    model's parameters changed since it was made.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], due: Callable[[], bool], rows: Mapping[str, str],
+        renew: Callable[[], Self | None],
+    ) -> None:  # fmt: skip
+        self.model, self.layers = model, dict(layers)
+        self.due, self.rows, self.renew = due, dict(rows), renew
+        self.clock = Clock()
+        self._key = f"precond.{next(_keys)}"
+        self._handles, self._layer_handles = Handles(), Handles()
+        self._open: Forward | None = None
+        self._multi_output: deque[weakref.ref[Forward]] = deque()
+
+    @abstractmethod
+    def _wants_true_columns(self) -> bool:
+        """Whether the user's own backward pass is to leave its gradients at the layers."""
+
+    @abstractmethod
+    def _keeps_outputs(self) -> bool:
+        """Whether the pass will be run again, and compared with what the criterion was given."""
+
+    def watch_model(self) -> None:
+        """Hang the two hooks on the model; those on the layers come and go with observed forward passes."""
+        self._handles.add(
+            self.model.register_forward_pre_hook(Hook(self._begin_forward), with_kwargs=True),
+            self.model.register_forward_hook(Hook(self._end_forward), with_kwargs=True, always_call=True),
+        )
+
+    def _idle(self) -> bool:
+        return busy() or not torch.is_grad_enabled() or not self.due()
+
+    def _begin_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if busy():
+            return
+        self.clock.backward = None  # a backward pass that raised never told us that it ended
+        self._layer_handles.remove()
+        self._open = None
+        if self._idle():
+            return
+        renewed = self.renew()
+        if renewed is not None:  # its own hooks, hung during this call, are called from the end of this pass on
+            renewed._begin_forward(model, args, kwargs)
+            return
+        tensor = next(tensors_in((args, kwargs)), None)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._open = Forward(
+            args, kwargs, batch=1 if tensor is None or tensor.dim() == 0 else tensor.shape[0], versions=versions((args, kwargs)),
+            rng=save_rng(device), autocast=(device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)),
+        )  # fmt: skip
+        true_columns = self._wants_true_columns()
+        for name, module in self.layers.items():
+            if module is not model:  # the model as a layer of its own is seen when its forward pass ends
+                hook = Hook(self._after_layer, name, true_columns)
+                self._layer_handles.add(module.register_forward_hook(hook, with_kwargs=True))
+
+    def _after_layer(
+        self, name: str, true_columns: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        forward = self._open
+        if forward is None or busy():
+            return
+        if not torch.is_grad_enabled():
+            forward.without_grad = True
+            return
+        edges: list[GradientEdge | int | None] = []
+        slots: list[list[tuple[int, Tensor]]] = []
+        for tensor in tensors_in(output):
+            slot: list[tuple[int, Tensor]] = []
+            slots.append(slot)
+            edges.append(get_gradient_edge(tensor) if tensor.requires_grad else None)
+            if true_columns and tensor.requires_grad:
+                tensor.register_hook(_keep_gradient(slot, self.clock))
+        rows = next((layout for pattern, layout in self.rows.items() if fnmatchcase(name, pattern)), None)
+        numbers = [e.output_nr if isinstance(e, GradientEdge) else 0 for e in edges]
+        inputs = (detached(args), detached(kwargs))
+        size = sum(tensor.numel() for tensor in tensors_in(output))
+        forward.calls.append(Call(name, module, *inputs, module.training, rows, edges, numbers, slots, versions(inputs), size))
+
+    def _end_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        if busy():
+            return
+        self._layer_handles.remove()
+        for name, module in self.layers.items():
+            if module is model:
+                self._after_layer(name, self._wants_true_columns(), model, args, kwargs, output)
+        forward, self._open = self._open, None
+        if forward is None:
+            return
+        nodes = [tensor.grad_fn for tensor in tensors_in(output)]
+        if self._keeps_outputs():
+            forward.outputs = [tensor.detach() for tensor in tensors_in(output)]
+        for number, node in enumerate(nodes):
+            if node is None:
+                continue
+            # The node keeps the record and the record, upstream of it, not the node: dropping the output frees both.
+            carried: dict[str, Any] = node.metadata  # type: ignore[assignment]  # torch declares it a method
+            carried.setdefault(self._key, (forward, number))
+            for call in forward.calls:
+                call.edges = [number if isinstance(e, GradientEdge) and e.node is node else e for e in call.edges]
+        if len({id(node) for node in nodes if node is not None}) > 1:
+            self._bound(forward)
+
+    def _bound(self, forward: Forward) -> None:
+        """Records of forward passes with several outputs can be part of a cycle: only so many may stay undifferentiated."""
+        self._multi_output.append(weakref.ref(forward))
+        while len(self._multi_output) > _LIVE_FORWARDS:
+            oldest = self._multi_output.popleft()()
+            if oldest is not None:
+                oldest.calls.clear()
+
+
+def _keep_gradient(slot: list[tuple[int, Tensor]], clock: Clock) -> Callable[[Tensor], None]:
+    """A tensor hook that keeps the true gradient; it holds the slot and the clock, never an observer or a graph."""
+
+    def keep(gradient: Tensor) -> None:
+        if clock.backward is not None and not busy():
+            slot.append((clock.backward, gradient.detach()))
+
+    return keep
