@@ -21,11 +21,11 @@ test: $(VENV)/.test
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-## test-full: the same, with the tests that are marked slow
+## test-full: the same, with the tests that are marked slow; writes docs/test-report.txt
 test-full: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 bash -o pipefail -c '$(BIN)/python -m pytest -q -n 2 -m "not gpu" --durations=10 | tee docs/test-report.txt'
 
 ## bench: step time and peak memory over SGD's, beside ASDL's
 bench: $(VENV)/.bench
