@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.testing import assert_close
 
 from nets import CASES
-from precond.observe import observer
+from precond.observe import recorder
 from precond.observe.records import Call
 from training import EXACT, differ, make, matrix_of, of, plain, sgd
 
@@ -49,6 +49,6 @@ def test_differentiating_by_the_tensor_would_be_seen(matrix: str, monkeypatch: p
         self.edges, self.edge_numbers = late, numbers
         return resolve(self, nodes)
 
-    monkeypatch.setattr(observer, "get_gradient_edge", remember)
+    monkeypatch.setattr(recorder, "get_gradient_edge", remember)
     monkeypatch.setattr(Call, "resolve", by_tensor)
     differ(matrix_of(observed(matrix)), expected)
