@@ -94,7 +94,6 @@ def test_a_name_that_is_nearly_right_is_answered_with_the_closest(capsys: pytest
 
 
 def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("sklearn")
     (tmp_path / "file").touch()
     assert "file" in refused(capsys, ["compare", "--out", str(tmp_path / "file" / "out")])
 

@@ -313,7 +313,6 @@ def toy_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("toy_registered")
 def test_the_report_files_exist_and_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     out = tmp_path / "report"
     command = ["compare", "--task", "toy", "--contenders", "adamw", "--seeds", "2", "--epochs", "2", "--batch-size", "16", "--grid", "3"]
     assert main([*command, "--out", str(out), "--json"]) == 0
@@ -342,7 +341,6 @@ def test_a_recipe_is_trained_like_any_contender(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("name", ["digits_mlp", "digits_conv"])
 def test_the_digits_are_split_once_and_standardised(name: str) -> None:
-    pytest.importorskip("sklearn")
     task = tasks.get(name)
     assert (len(task.train_inputs), len(task.test_inputs)) == (1438, 359)
     assert float(task.train_inputs.mean()) == pytest.approx(0.0, abs=1e-5)
