@@ -6,6 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 LOCK   := pyproject.toml constraints.txt
+PEERS  := backpack-for-pytorch nngeometry
 
 .PHONY: demo test test-full bench clean
 
@@ -40,6 +41,13 @@ $(VENV)/.torch: $(LOCK)
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch
 	$(PIP) --no-build-isolation -e ".[$*]"
 	touch $@
+
+# Without their dependencies, for the reason in constraints.txt; what they import is in the extra `oracles`.
+$(VENV)/.peers: $(VENV)/.torch
+	$(PIP) --no-deps $(PEERS)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.peers
 
 clean:
 	rm -rf $(VENV) build dist demo bench .mypy_cache .pytest_cache .ruff_cache

@@ -203,4 +203,4 @@ def batched_empirical_fisher(model: nn.Module, criterion: Criterion, inputs: Inp
 def split(vectors: Tensor, model: nn.Module) -> dict[str, Tensor]:
     """(*, P) to {parameter name: (*, *parameter.shape)}."""
     shapes = dict(model.named_parameters())
-    return {name: vectors[..., place].unflatten(-1, shapes[name].shape) for name, place in positions(model).items()}
+    return {name: vectors[..., place].reshape((*vectors.shape[:-1], *shapes[name].shape)) for name, place in positions(model).items()}

@@ -6,7 +6,9 @@ Claims:
 * the blocks of each projection are disjoint and cover theta, so a projection keeps those entries and puts zero elsewhere;
 * diagonal is inside unit and tensor, and both are inside layer;
 * a parameter belongs to the first module, in `named_modules` order, that owns it (a tied one to its first owner);
-  `nn.MultiheadAttention` owns its `out_proj`'s parameters too, for it does not call that module.
+  `nn.MultiheadAttention` owns its `out_proj`'s parameters too, for it does not call that module, and a module whose tensors are
+  parametrized owns what they are made of;
+* a weight stored (in, out), as `transformers`' `Conv1D` has it (known here by its `nf`), counts as its transpose.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 
@@ -35,7 +38,7 @@ def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
     groups, taken = [], set()
     for module_name, module in model.named_modules():
         owned = []
-        for parameter in module.parameters(recurse=isinstance(module, nn.MultiheadAttention)):
+        for parameter in module.parameters(recurse=isinstance(module, nn.MultiheadAttention) or is_parametrized(module)):
             if id(parameter) in names and id(parameter) not in taken:
                 taken.add(id(parameter))
                 owned.append(names[id(parameter)])
@@ -53,6 +56,7 @@ def joint_indices(model: nn.Module, layer_name: str) -> Tensor:
     module, places = model.get_submodule(layer_name), positions(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     weight = _range(places[names[id(module.weight)]]).reshape(module.weight.shape[0], -1)
+    weight = weight.T if hasattr(module, "nf") else weight
     if module.bias is None or names[id(module.bias)] not in places:
         return weight.flatten()
     return torch.cat([weight, _range(places[names[id(module.bias)]]).unsqueeze(1)], 1).flatten()
@@ -66,8 +70,8 @@ def _separate(parameter: nn.Parameter, index: Tensor) -> list[Tensor]:
 def unit_indices(model: nn.Module) -> list[Tensor]:
     """The places in theta of each unit.
 
-    A norm: unit j is (weight_j, bias_j). A module with a weight of two or more dimensions and no other parameter than a bias (Linear,
-    Conv, Embedding): unit o is row o of weight.reshape(rows, -1) and bias[o]. Else (packed, transposed, bias alone): each tensor
+    A norm: unit j is (weight_j, bias_j). Attention: the rows of its packed and of its output weight with their biases. A module with a weight of two or more dimensions and no other parameter than a bias (Linear,
+    Conv, Embedding): unit o is row o of weight.reshape(rows, -1) and bias[o]. Else (packed, transposed, bilinear, bias alone): each tensor
     separately, rows of dimension 0, or single elements of a 1-D tensor.
     """
     places, named, units = positions(model), dict(model.named_parameters()), []
@@ -77,12 +81,27 @@ def unit_indices(model: nn.Module) -> list[Tensor]:
         weight = getattr(module, "weight", None)
         if isinstance(module, _NORMS):
             units += list(torch.stack([index[key] for key in ("weight", "bias") if key in index], 1))
-        elif set(index) <= {"weight", "bias"} and "weight" in index and weight.dim() > 1 and not isinstance(module, _ConvTransposeNd):
-            parts = [index["weight"].reshape(weight.shape[0], -1)] + ([index["bias"].unsqueeze(1)] if "bias" in index else [])
+        elif isinstance(module, nn.MultiheadAttention):
+            units += _attention_units(module, {name.removeprefix(f"{module_name}."): _range(places[name]) for name in group})
+        elif set(index) <= {"weight", "bias"} and "weight" in index and weight.dim() > 1 and not isinstance(module, _ConvTransposeNd | nn.Bilinear):
+            table = index["weight"].reshape(weight.shape[0], -1)
+            parts = [table.T if hasattr(module, "nf") else table] + ([index["bias"].unsqueeze(1)] if "bias" in index else [])
             units += list(torch.cat(parts, 1))
         else:
             for name in group:
                 units += _separate(named[name], _range(places[name]))
+    return units
+
+
+def _attention_units(module: nn.MultiheadAttention, index: dict[str, Tensor]) -> list[Tensor]:
+    units = []
+    for weight, bias in (("in_proj_weight", "in_proj_bias"), ("out_proj.weight", "out_proj.bias")):
+        if weight in index:
+            column = [index.pop(bias).unsqueeze(1)] if bias in index else []
+            table = index.pop(weight)
+            units += list(torch.cat([table.reshape(module.get_parameter(weight).shape), *column], 1))
+    for name, places in index.items():
+        units += _separate(module.get_parameter(name), places)
     return units
 
 

@@ -8,8 +8,9 @@ Claims:
 * `columns` are the rows u_ik of a matrix made of columns, those of one example each, with the factor that multiplies sum u u^T. With
   BatchNorm in training mode they are those of ONE backward pass over the batch (rule 8), written here with hooks and plain autograd:
   row i is (g_i a_i^T, g_i) at a Linear and (g_i xhat_i, g_i) at a BatchNorm, where g_i holds cross-example terms;
-* the blocks of `kron_io` that are no Kronecker product are what the design says: norms by unit; recurrent and attention modules, and a
-  weight tied between layers of different kinds, by element.
+* the blocks of `kron_io` that are no Kronecker product are what the design says: norms by unit; recurrent modules, the bias of a
+  transposed convolution, and a weight tied between layers of different kinds, by element. Packed attention has those of the Linear
+  layers it stands for.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 import dense
+import dense_attention
 import dense_derived
+import dense_eigen
 import dense_kron
-from nets import CASES, Case, labels, seeded
+import dense_recursive
+from nets import CASES, SHRUNK, Case, labels, seeded
 
 
 def _embedder() -> nn.Module:
@@ -44,6 +50,7 @@ def _frozen() -> nn.Module:
 
 FROZEN = Case("frozen", lambda: seeded(_frozen), nn.CrossEntropyLoss(), CASES["mlp"].inputs, CASES["mlp"].targets)
 ALL = {**CASES, EMBEDDER.name: EMBEDDER, FROZEN.name: FROZEN}
+EVERY = {**ALL, **SHRUNK}
 
 MATRICES: dict[str, Callable[..., Tensor]] = {
     "hessian": dense.hessian,
@@ -56,8 +63,9 @@ MATRICES: dict[str, Callable[..., Tensor]] = {
     "gradient_covariance": dense_derived.gradient_covariance,
     "batched_fisher_mc": dense_derived.batched_fisher_mc,
     "input_second_moment": dense_derived.input_second_moment,
+    "ggn_recursive": dense_recursive.ggn_recursive,
 }
-NO_COLUMNS = ("hessian", "abs_hessian", "batched_empirical_fisher", "batched_fisher_mc", "input_second_moment")
+NO_COLUMNS = ("hessian", "abs_hessian", "batched_empirical_fisher", "batched_fisher_mc", "input_second_moment", "ggn_recursive")
 
 
 def _data(case: Case) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
@@ -66,7 +74,7 @@ def _data(case: Case) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
 
 @functools.cache
 def _fixed(name: str, matrix: str) -> Tensor:
-    return MATRICES[matrix](*_data(ALL[name]))
+    return MATRICES[matrix](*_data(EVERY[name]))
 
 
 def whole(case: Case, matrix: str, sampled: Tensor | None = None) -> Tensor:
@@ -149,14 +157,24 @@ def _tied(model: nn.Module, names: list[str]) -> bool:
     return any(uses.count(id(named[name])) > 1 for name in names)
 
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+
+
+def kronecker(module: nn.Module) -> bool:
+    """Whether the gradient of the weight is a product of inputs and outputs."""
+    if is_parametrized(module) or not set(module._parameters) <= {"weight", "bias"}:
+        return False
+    return isinstance(module, nn.Linear | _ConvNd | nn.Embedding | nn.MultiheadAttention) or hasattr(module, "nf")
+
+
 def fallback(model: nn.Module, layer: str, names: list[str]) -> str | None:
     """What a layer takes in place of `kron_io`, or None."""
     module = model.get_submodule(layer)
-    if isinstance(module, nn.LayerNorm | _BatchNorm):
+    if isinstance(module, NORMS):
         return "unit"
     if "weight" not in [name.rpartition(".")[2] for name in names]:
         return "diagonal"
-    return "diagonal" if _tied(model, names) or isinstance(module, nn.RNNBase | nn.MultiheadAttention) else None
+    return "diagonal" if _tied(model, names) or not kronecker(module) else None
 
 
 def embedding_pair(case: Case, layer: str, sent: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +185,7 @@ def embedding_pair(case: Case, layer: str, sent: Tensor) -> tuple[Tensor, Tensor
     module.register_forward_hook(lambda _, args, output: seen.extend((args[0], output)))
     with dense.forward(model, case.inputs) as output:
         grads = torch.stack([torch.autograd.grad(output, seen[1], column, retain_graph=True)[0] for column in sent])
-    kept = seen[0] != module.padding_idx
+    kept = seen[0] != (-1 if module.padding_idx is None else module.padding_idx)
     count = torch.tensor([float((seen[0][kept] == token).sum()) for token in range(module.num_embeddings)], dtype=torch.float64)
     rows = grads[:, kept].flatten(0, 1)
     scale = dense.scale(case.criterion, dense.predict(model, case.inputs), case.targets)
@@ -178,15 +196,26 @@ def _where(places: dict[str, slice], names: list[str]) -> Tensor:
     return torch.cat([torch.arange(places[name].start, places[name].stop) for name in names])
 
 
-def kron_io(case: Case, matrix: str, sampled: Tensor | None = None, sharing: str = "expand") -> Tensor:
-    """K-FAC: B (x) A a layer, A (x) B for an Embedding, one product a group, the fallbacks elsewhere; I (x) A from inputs alone."""
+def kron_io(case: Case, matrix: str, sampled: Tensor | None = None, sharing: str = "expand", *, corrected: bool = False) -> Tensor:
+    """K-FAC: B (x) A a layer, A (x) B for an Embedding, one product a group, the fallbacks elsewhere; I (x) A from inputs alone.
+
+    corrected: EK-FAC, the exact diagonal in the eigenbasis of the products.
+    """
     model, criterion, inputs, targets = _data(case)
     if matrix == "input_second_moment":
         return dense_derived.input_second_moment(model, criterion, inputs, targets, reduce=sharing == "reduce")
+    if matrix == "ggn_recursive":
+        return dense_recursive.ggn_recursive(model, criterion, inputs, targets, reduce=sharing == "reduce")
     M, sent = held(case, matrix, sampled), cotangents(case, matrix, sampled)
     found = {"unit": dense.project_unit(M, model), "diagonal": dense.project_diagonal(M)}
     places, result = dense.positions(model), torch.zeros_like(M)
     for layer, names in dense.layer_groups(model):
+        if isinstance(model.get_submodule(layer), nn.MultiheadAttention):
+            apart = _where(places, names)
+            result[apart, apart] = M.diagonal()[apart]
+            for where, block in _attention(case, layer, sent, sharing, M if corrected else None):
+                result[where.unsqueeze(1), where] = block
+            continue
         instead = fallback(model, layer, names)
         if isinstance(model.get_submodule(layer), nn.Embedding) and sharing == "reduce":
             instead = "diagonal"
@@ -194,16 +223,36 @@ def kron_io(case: Case, matrix: str, sampled: Tensor | None = None, sharing: str
             where = _where(places, names)
             block = found[instead][where][:, where]
         elif isinstance(model.get_submodule(layer), nn.Embedding):
-            where, block = _where(places, names), torch.kron(*embedding_pair(case, layer, sent))
+            where, pairs = _where(places, names), [embedding_pair(case, layer, sent)]
+            block = dense_eigen.groups(pairs, M[where][:, where]) if corrected else torch.kron(*pairs[0])
         else:
             rule = dense_kron.kron_reduce if sharing == "reduce" else dense_kron.kron_expand
-            pairs = rule(model, criterion, inputs, targets, sent, layer)
-            where = dense.joint_indices(model, layer)
-            block = torch.block_diag(
-                *(torch.kron(B.contiguous(), A.contiguous()) for B, A in (pairs if isinstance(pairs, list) else [pairs]))
-            )
+            found_pairs = rule(model, criterion, inputs, targets, sent, layer)
+            pairs = found_pairs if isinstance(found_pairs, list) else [found_pairs]
+            if not getattr(model.get_submodule(layer), "transposed", False):
+                where = dense.joint_indices(model, layer)
+            else:  # stored input first, and the bias apart
+                where, pairs = _where(places, names[:1]), [(A, B) for B, A in pairs]
+                for apart in (places[name] for name in names[1:]):
+                    result[apart, apart] = M.diagonal()[apart].diag()
+            if corrected:
+                block = dense_eigen.groups(pairs, M[where][:, where])
+            else:
+                block = torch.block_diag(*(torch.kron(B.contiguous(), A.contiguous()) for B, A in pairs))
         result[where.unsqueeze(1), where] = block
     return result
+
+
+def _attention(case: Case, layer: str, sent: Tensor, sharing: str, exact: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """(places, block) of the packed or separate projections of query, key and value, and of that of the output."""
+    model, rule = case.make(), dense_kron.kron_reduce if sharing == "reduce" else dense_kron.kron_expand
+    places, blocks = dense_attention.projections(model, layer), []
+    for name, where in places.items():
+        pair = rule(dense_attention.plain(model), case.criterion, case.inputs, case.targets, sent, f"{layer}.{name}")
+        if len(where) < pair[0].shape[0] * pair[1].shape[0]:  # the packed bias of separate weights is apart
+            pair = (pair[0], pair[1][:-1, :-1])
+        blocks.append((where, torch.kron(*pair) if exact is None else dense_eigen.groups([pair], exact[where][:, where])))
+    return blocks
 
 
 def kron_dim_factors(case: Case, matrix: str, sampled: Tensor | None = None) -> dict[str, list[Tensor]]:
@@ -219,6 +268,7 @@ _PROJECTED: dict[str, Callable[[Case, str, Tensor | None], Tensor]] = {
     "unit": lambda case, matrix, sampled: dense.project_unit(held(case, matrix, sampled), case.make()),
     "diagonal": _diagonal,
     "kron_io": kron_io,
+    "kron_eigen": lambda case, matrix, sampled: kron_io(case, matrix, sampled, corrected=True),
 }
 
 

@@ -5,6 +5,7 @@ Claims:
 * `absolute` is the matrix function of a symmetric matrix: taken of a projection, it is taken of each of its blocks;
 * `gradient_covariance` is scale * sum over examples of (g_i - gbar)(g_i - gbar)^T, gbar the plain mean over examples;
 * `batched_fisher_mc` is g g^T / scale with g = scale * sum of J_i^T s_i: with equal weights c of N_terms terms, sum c / sum c^2 = 1 / c;
+* `batched_by_terms` is g g^T / scale with g the gradient of the loss: N_terms g g^T for a mean, g g^T for a sum;
 * `input_second_moment` has I (x) A in the order of vec[W, b] at each Linear and Conv2d, A the mean over all rows of all calls of a a^T, of its
   own group for each output of a grouped convolution; counts (x) I at an Embedding; zero at all others, at a bias whose weight is frozen,
   and at a weight tied between layers of different kinds.
@@ -47,10 +48,14 @@ def batched_fisher_mc(model: nn.Module, criterion: Criterion, inputs: dense.Inpu
     return dense.scale(criterion, dense.predict(model, inputs), targets) * torch.outer(total, total)
 
 
+def batched_by_terms(model: nn.Module, criterion: Criterion, inputs: dense.Inputs, targets: Tensor) -> Tensor:
+    return dense.batched_empirical_fisher(model, criterion, inputs, targets) / dense.scale(criterion, dense.predict(model, inputs), targets)
+
+
 def has_inputs(model: nn.Module, layer: str, names: list[str]) -> bool:
     """Whether a layer's parameters `names` have a moment of inputs."""
     module, weight = model.get_submodule(layer), f"{layer}.weight" if layer else "weight"
-    if not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) or weight not in names:
+    if not (isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) or hasattr(module, "nf")) or weight not in names:
         return False
     users = [other for other in model.modules() if getattr(other, "weight", None) is module.weight]
     return all(type(other) is type(module) for other in users)
@@ -86,7 +91,7 @@ def input_second_moment(
             where, block = torch.arange(places[name].start, places[name].stop), torch.kron(share.diag(), _eye(module.embedding_dim))
         else:
             A = [dense_kron._mean_outer(a.mean(1) if reduce else a.flatten(0, 1)) for a in rows]
-            outputs = module.weight.shape[0]
+            outputs = getattr(module, "nf", module.weight.shape[0])
             where = dense.joint_indices(model, layer)
             block = torch.block_diag(*(A[o // (outputs // len(A))] for o in range(outputs)))
         result[where.unsqueeze(1), where] = block

@@ -7,7 +7,9 @@ Claims (methods A.5, C.7; rows are examples x positions, and the calls of a modu
 * reduce: a is averaged and g summed over an example's positions first, A = mean over examples, B = scale * sum over columns, examples;
 * g is the gradient of a column's term losses in the layer's output, unscaled; scale is 1 / N_terms for 'mean', 1 for 'sum';
 * a convolution's rows are its patches in the order of weight[o].flatten(); a grouped one gives one pair for each group, over the
-  group's own channels.
+  group's own channels;
+* a transposed convolution's input rows are its input at each location, its output rows the patches of g that each location wrote, in the
+  order of weight[i].flatten(); its bias is apart.
 
 Cotangents are back-propagated through the whole batch at once: rows belong to their example as long as examples do not mix.
 """
@@ -15,6 +17,7 @@ Cotangents are back-propagated through the whole batch at once: rows belong to t
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +51,10 @@ def unfold(conv: nn.Module, x: Tensor) -> Tensor:
 
 def _input_rows(layer: nn.Module, x: Tensor, batch: int) -> list[Tensor]:
     """One (N, R, in') tensor for each group, with the homogeneous 1 if there is a trainable bias."""
-    if isinstance(layer, nn.Linear):
-        groups = [x.reshape(batch, -1, layer.in_features)]
+    if isinstance(layer, nn.Linear) or hasattr(layer, "nf"):
+        groups = [x.reshape(batch, -1, x.shape[-1])]
+    elif isinstance(layer, _ConvNd) and layer.transposed:
+        return list(x.flatten(2).transpose(1, 2).split(layer.in_channels // layer.groups, -1))
     elif isinstance(layer, _ConvNd) and not layer.transposed:
         channels = layer.in_channels // layer.groups
         groups = [chunk.flatten(1, 2).flatten(2).transpose(1, 2) for chunk in unfold(layer, x).split(channels, 1)]
@@ -60,10 +65,23 @@ def _input_rows(layer: nn.Module, x: Tensor, batch: int) -> list[Tensor]:
     return [torch.cat([a, torch.ones_like(a[..., :1])], -1) for a in groups]
 
 
-def _output_rows(layer: nn.Module, g: Tensor, batch: int) -> list[Tensor]:
+def _written(conv: nn.Module, g: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """What a transposed convolution wrote from each input location, (N, C_out, prod(kernel), *input spatial); zero beyond the output."""
+    made = g.new_zeros(*g.shape[:2], math.prod(conv.kernel_size), *sizes)
+    for n, offset in enumerate(itertools.product(*(range(size) for size in conv.kernel_size))):
+        for place in itertools.product(*(range(size) for size in sizes)):
+            at = [p * s - pad + o * d for p, s, pad, o, d in zip(place, conv.stride, conv.padding, offset, conv.dilation, strict=True)]
+            if all(0 <= a < size for a, size in zip(at, g.shape[2:], strict=True)):
+                made[(slice(None), slice(None), n, *place)] = g[(slice(None), slice(None), *at)]
+    return made
+
+
+def _output_rows(layer: nn.Module, g: Tensor, batch: int, sizes: tuple[int, ...] = ()) -> list[Tensor]:
     """One (N, R, out) tensor for each group."""
-    if isinstance(layer, nn.Linear):
-        return [g.reshape(batch, -1, layer.out_features)]
+    if isinstance(layer, nn.Linear) or hasattr(layer, "nf"):
+        return [g.reshape(batch, -1, g.shape[-1])]
+    if layer.transposed:
+        return [chunk.flatten(1, 2).flatten(2).transpose(1, 2) for chunk in _written(layer, g, sizes).split(layer.out_channels // layer.groups, 1)]
     return list(g.flatten(2).transpose(1, 2).split(layer.out_channels // layer.groups, -1))
 
 
@@ -73,23 +91,23 @@ def capture(model: nn.Module, inputs: dense.Inputs, cotangents: Tensor, layer_na
     The hook hands a copy on, so that an in-place activation after the layer cannot take the place of the layer's own output.
     """
     layer, batch = model.get_submodule(layer_name), dense.batch_size(inputs)
-    seen: list[tuple[list[Tensor], Tensor]] = []
+    seen: list[tuple[list[Tensor], Tensor, tuple[int, ...]]] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen.append((_input_rows(module, args[0].detach(), batch), output))
+        seen.append((_input_rows(module, args[0].detach(), batch), output, tuple(args[0].shape[2:])))
         return output.clone()
 
     handle = layer.register_forward_hook(keep)
     try:
         with dense.forward(model, inputs) as output:
-            outputs = [each for _, each in seen]
+            outputs = [each for _, each, _ in seen]
             columns = [torch.autograd.grad(output, outputs, cotangent, retain_graph=True) for cotangent in cotangents]
     finally:
         handle.remove()
     pairs = []
     for group in range(len(seen[0][0])):
-        a = torch.cat([rows[group] for rows, _ in seen], 1)
-        g = torch.stack([torch.cat([_output_rows(layer, each, batch)[group] for each in column], 1) for column in columns])
+        a = torch.cat([rows[group] for rows, *_ in seen], 1)
+        g = torch.stack([torch.cat([_output_rows(layer, each, batch, size)[group] for each, (*_, size) in zip(column, seen, strict=True)], 1) for column in columns])
         pairs.append((a, g))
     return pairs
 

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import nets
 import precond
 from precond.likelihoods.categorical import Categorical
+from precond.matrices import BatchedEmpiricalFisher
 
 STEPS, EXAMPLES, CLASSES = 5, 8, 3
 NAN_STEP = 2
@@ -51,7 +52,7 @@ def _recipe(name: str, **arguments: Any) -> Callable[[], precond.Preconditioner]
     return lambda: precond.recipe(name, **{"solver_interval": 2, "seed": 5, **arguments})
 
 
-def _cell(matrix: str, representation: str, solver: str, damping: float = 0.1, **options: Any) -> Callable[[], precond.Preconditioner]:
+def _cell(matrix: Any, representation: str, solver: str, damping: float = 0.1, **options: Any) -> Callable[[], precond.Preconditioner]:
     return lambda: precond.Preconditioner(matrix=matrix, repr=representation, solver=solver, damping=damping, seed=5, **options)
 
 
@@ -68,6 +69,13 @@ CASES |= {f"{name}-unequal": Case(make, ends=UNEQUAL) for name, make in METHODS.
 CASES |= {f"{name}-no_sync": Case(METHODS[name], micro=2) for name in ("kfac", "shampoo", "hessian_free", "empirical_layer")}
 CASES |= {f"{name}-nan": Case(make, nan=True) for name, make in METHODS.items()}
 CASES |= {f"{name}-conv": Case(METHODS[name], ends=UNEQUAL, conv=True) for name in ("kfac", "shampoo", "hessian_free")}
+CASES["ekfac-unequal"] = Case(_recipe("ekfac", solver_interval=1, history=0.9), ends=UNEQUAL)
+CASES["recursive-unequal"] = Case(_cell("ggn_recursive", "kron_io", "cholesky", history=0.9), ends=UNEQUAL)
+CASES["recursive-nan"] = Case(_cell("ggn_recursive", "kron_io", "cholesky", history=0.9), nan=True)
+CASES["bfgs-unequal"] = Case(_cell("bfgs_hessian", "full", "bfgs"), ends=UNEQUAL)
+CASES["bfgs-no_sync"] = Case(_cell("bfgs_hessian", "full", "bfgs"), micro=2)
+CASES["kbfgs-unequal"] = Case(_cell("bfgs_hessian", "kron_io", "bfgs", history=0.9), ends=UNEQUAL)
+CASES["batched_terms-unequal"] = Case(_cell(BatchedEmpiricalFisher(scale="terms"), "layer", "cholesky", history=0.9), ends=UNEQUAL)
 CASES["kfac-given"] = Case(_recipe("kfac", loss_weights="given"), ends=UNEQUAL)
 CASES["hessian_free-given"] = Case(lambda: precond.recipe("hessian_free", loss_weights="given", **TIGHT), ends=UNEQUAL)
 CASES["kfac-buckets"] = Case(METHODS["kfac"], ddp=(("gradient_as_bucket_view", True), ("find_unused_parameters", True)))

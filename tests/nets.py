@@ -6,15 +6,16 @@ What this file claims, and the tests rely on:
 * a criterion is a plain `torch.nn` one, an input has the examples on its leading dimension, and nothing is random in a forward pass;
 * the cases hold the traps of real networks: in-place activations, groups, stride, padding and dilation, missing biases, BatchNorm with
   running and with batch statistics, tied weights, a module called twice, packed attention and LSTM weights, fused attention kernels (which
-  have no second derivative), class dimension in the middle, several terms an example, ignored targets.
+  have no second derivative), class dimension in the middle, several terms an example, ignored targets, layers that see (B T, C);
+* `SHRUNK` holds `transformers`' own GPT-2 and ViT with small configs; the package is imported when one is made.
 
 `conv` holds its BatchNorm in eval mode and `bn_train` in training mode: do not call `.train()` or `.eval()` on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class Case:
     criterion: nn.Module
     inputs: Tensor
     targets: Tensor
+    rows: Mapping[str, str] = field(default_factory=dict)  # of layers whose leading dimension is not the batch
 
 
 class Transformer(nn.Module):
@@ -99,6 +101,64 @@ class Reused(nn.Module):
         return self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
 
 
+class FlatTokens(nn.Module):
+    """Layers that see (B T, C): an embedding, and two Linear with a running mean over positions between them. Logits (B T, V)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.lower = nn.Linear(3, 4)
+        self.norm = nn.LayerNorm(4)
+        self.upper = nn.Linear(4, 5, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.tanh(self.lower(self.embedding(tokens).flatten(0, 1))).unflatten(0, tokens.shape)
+        return self.upper(self.norm((x.cumsum(1) / torch.arange(1, tokens.shape[1] + 1).unsqueeze(1)).flatten(0, 1)))
+
+
+FLAT = {"lower": "flattened", "norm": "flattened", "upper": "flattened"}
+
+
+class GPT2(nn.Module):
+    """`GPT2LMHeadModel` with tied embeddings: tokens (N, T) to logits (N, V, T). Positions are given, one row an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = gpt2()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return self.model(input_ids=tokens, position_ids=positions).logits.transpose(1, 2)
+
+
+class ViT(nn.Module):
+    """`ViTForImageClassification`: images (N, 1, 4, 4) to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = vit()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(pixel_values=images).logits
+
+
+def gpt2(vocabulary: int = 5) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 4, "n_inner": 4, "vocab_size": vocabulary, "n_positions": 5}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, initializer_range=0.5, bos_token_id=None, eos_token_id=None))
+
+
+def vit(classes: int = 3) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 4}
+    images = {"image_size": 4, "patch_size": 2, "num_channels": 1, "num_labels": classes}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return ViTForImageClassification(ViTConfig(**sizes, **images, **no_dropout, initializer_range=0.5))
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3))
 
@@ -140,7 +200,7 @@ def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
                 if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                     module.running_mean.normal_(0.0, 0.3)
                     module.running_var.uniform_(0.5, 2.0)
-                if isinstance(module, nn.MultiheadAttention):
+                if isinstance(module, nn.MultiheadAttention) and module.in_proj_bias is not None:
                     module.in_proj_bias.normal_(0.0, 0.3)
                     module.out_proj.bias.normal_(0.0, 0.3)
     return model
@@ -156,15 +216,17 @@ def labels(high: int, *shape: int, seed: int = 2) -> Tensor:
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _case(name: str, build: Callable[[], nn.Module], criterion: nn.Module, inputs: Tensor, targets: Tensor) -> Case:
-    return Case(name, lambda: seeded(build), criterion, inputs, targets)
+def _case(
+    name: str, build: Callable[[], nn.Module], criterion: nn.Module, inputs: Tensor, targets: Tensor, rows: Mapping[str, str] | None = None
+) -> Case:
+    return Case(name, lambda: seeded(build), criterion, inputs, targets, rows or {})
 
 
 def _ignoring(targets: Tensor) -> Tensor:
     """Ignore three targets of the first example, one of the second, none of the third."""
     targets = targets.clone()
     targets[0, 1:4] = -100
-    targets[1, 4] = -100
+    targets[1, -1] = -100
     return targets
 
 
@@ -185,5 +247,16 @@ CASES: dict[str, Case] = {
         _case("lstm", Recurrent, nn.CrossEntropyLoss(), normal(4, 3, 3), labels(3, 4)),
         _case("reused", Reused, nn.CrossEntropyLoss(), normal(6, 4), labels(3, 6)),
         _case("bn_train", _bn_train, nn.CrossEntropyLoss(), normal(6, 4), labels(3, 6)),
+        _case(
+            "flat_tokens", FlatTokens, nn.CrossEntropyLoss(), labels(5, 3, 3, seed=6), _ignoring(labels(5, 3, 3, seed=7)).flatten(), FLAT
+        ),
+    )
+}
+
+SHRUNK: dict[str, Case] = {
+    case.name: case
+    for case in (
+        _case("gpt2", GPT2, nn.CrossEntropyLoss(), labels(5, 2, 3, seed=8), labels(5, 2, 3, seed=9)),
+        _case("vit", ViT, nn.CrossEntropyLoss(), normal(3, 1, 4, 4), labels(3, 3)),
     )
 }

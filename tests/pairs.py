@@ -12,6 +12,8 @@ from precond import cells, matrices, representations
 from precond.matrices import AbsHessian
 from precond.solvers import CG
 
+CHAINS = ("mlp", "mse", "mse_sum", "bce")
+"""The cases that are a chain of linear and element-wise layers: `ggn_recursive` refuses all others."""
 SAMPLED = ("fisher_mc", "batched_fisher_mc")
 LEFT = "ignore:layer .* keeps its plain gradient:UserWarning"
 """What `input_second_moment` says of layers that have no inputs of its kind."""
@@ -22,7 +24,14 @@ def valid(matrix: str, repr: str) -> bool:
     return cells.why_not(matrices.get(matrix)(), representations.get(repr)(), CG()) is None
 
 
-PAIRS = [(m, r) for m in matrices.names() for r in representations.names() if valid(m, r)]
+TRAJECTORY = tuple(m for m in matrices.names() if matrices.get(m)().needs_trajectory)
+"""Matrices that have no value from one batch."""
+PAIRS = [(m, r) for m in matrices.names() for r in representations.names() if m not in TRAJECTORY and valid(m, r)]
+
+
+def hosts(case: str, matrix: str) -> bool:
+    """Whether there is such a matrix of a case."""
+    return matrix != "ggn_recursive" or case in CHAINS
 
 
 def exactly(matrix: Any, repr: Any, model: torch.nn.Module) -> Any:

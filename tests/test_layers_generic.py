@@ -120,7 +120,7 @@ def gradients(seen: LayerColumns, examples: slice = slice(None)) -> Tensors:
 def test_gradients_are_those_of_each_example_alone(name: str) -> None:
     build, reference = LAYERS[name]
     seen = build()
-    assert resolve_rule(seen.module) is GENERIC
+    assert (resolve_rule(seen.module) is GENERIC) != isinstance(seen.module, nn.MultiheadAttention)
     want = reference(seen)
     close(gradients(seen), want)
     close(gradients(seen, slice(1, 3)), {n: g[:, 1:3] for n, g in want.items()})

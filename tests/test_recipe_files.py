@@ -142,6 +142,7 @@ def test_a_name_that_does_not_exist(tmp_path: Path, line: int, text: str, near: 
         (8, "solver_interval = 0", "at least 1 step"),
         (8, "solver_interval = 2.5", "a number of steps"),
         (8, "start_step = -1", "0 or more"),
+        (8, 'before_start = "wait"', "'gradient' or 'nothing', not 'wait'"),
         (8, "transforms = 3", "[[transforms]]"),
         (11, "name = 3", "a table with a name"),
         (12, 'samples = "two"', "a whole number"),

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -40,13 +41,15 @@ def cases() -> list[tuple[str, str, str]]:
     return found
 
 
-def overrides(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The overrides of a variant, where the options of CG and of a Sum are plain data."""
+def overrides(recipe: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The overrides of a variant, where the options of CG, of a history, and those of the recipe's representation that change are plain data."""
     made = dict(arguments)
+    if "repr" in made:
+        made["repr"] = dataclasses.replace(precond.recipe(recipe).triple.repr, **made["repr"])
     if "solver" in made:
         made["solver"] = precond.solvers.CG(**made["solver"])
     if "history" in made:
-        made["history"] = precond.history.Sum(**made["history"])
+        made["history"] = (precond.history.Ema if "beta" in made["history"] else precond.history.Sum)(**made["history"])
     return made
 
 
@@ -88,7 +91,7 @@ def test_every_recipe_has_a_reference() -> None:
 def test_steps_equal_the_dense_ones(name: str, variant: str, net: str, labels: list[Tensor]) -> None:
     module, network = reference(name), NETWORKS[net]
     ours, theirs = module.VARIANTS[variant]
-    path = train(name, network, module.STEPS, **overrides(ours))
+    path = train(name, network, module.STEPS, **overrides(name, ours))
     expected = module.train(network, network.batches(module.STEPS), labels, **theirs)
     assert module.STEPS >= 5
     torch.testing.assert_close(path, expected, rtol=module.TOLERANCE, atol=module.TOLERANCE)
@@ -105,11 +108,19 @@ def test_steps_equal_the_dense_ones(name: str, variant: str, net: str, labels: l
         ("hessian_free", {"decay": 0.0}),
         ("hessian_free", {"tolerance": 1e-5}),
         ("natural_gradient", {"damping": 2e-3}),
+        ("ekfac", {"interval": 2}),
+        ("ekfac", {"damping": 0.2}),
+        ("soap", {"interval": 5}),
+        ("soap", {"beta": 0.9}),
+        ("soap", {"max_dim": 2}),
+        ("soap", {"decay": 0.0}),
+        ("soap", {"skip": False}),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_a_wrong_option_would_be_seen(name: str, other: dict[str, Any], labels: list[Tensor]) -> None:
-    module, network = reference(name), NETWORKS["mlp"]
+    module = reference(name)
+    network = NETWORKS[module.NETS[0]]
     path = train(name, network, module.STEPS)
     wrong = module.train(network, network.batches(module.STEPS), labels, **other)
     assert (path - wrong).abs().max() > 1e3 * module.TOLERANCE

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from nets import CASES, labels, normal, seeded
-from precond import ObservationError, blocks, curvature
+from precond import ObservationError, curvature
+from precond.layers import Rule
 from training import EXACT, differ, make, matrix_of, of, plain, sgd
 
 CE = nn.CrossEntropyLoss()
@@ -74,7 +75,7 @@ def test_rows_says_the_layout_and_the_matrix_is_exact(build: Any, layout: str, m
 
 
 def test_rows_taken_for_examples_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "check_examples", lambda seen, leading: None)
+    monkeypatch.setattr(Rule, "check", lambda rule, seen: None)
     differ(matrix_of(observed(Flattened), "inner"), inner_block("ggn", Flattened))
 
 

@@ -29,6 +29,8 @@ RUNS: dict[str, Any] = {
     "shampoo": lambda seed: precond.recipe("shampoo", seed=seed, solver_interval=3),
     "adam": lambda seed: precond.recipe("adam", seed=seed),
     "hessian_free": lambda seed: precond.recipe("hessian_free", seed=seed),
+    "ekfac": lambda seed: precond.recipe("ekfac", seed=seed, history=0.9, repr=precond.representations.KronEigen(basis_interval=3)),
+    "soap": lambda seed: precond.recipe("soap", seed=seed),
     "graft": lambda seed: precond.recipe("kfac", seed=seed, transforms=[precond.transforms.Graft("adam"), precond.transforms.Momentum(0.9)]),
     "window": lambda seed: make("fisher_mc", "layer", seed=seed, history=precond.history.Window(3), curvature_interval=2, solver_interval=4),
 }

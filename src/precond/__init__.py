@@ -3,7 +3,7 @@
 direction = (C, damped) ^ (-power) applied to the gradient
 """
 
-from precond import damping, history, likelihoods, matrices, operators, representations, solvers, transforms
+from precond import damping, history, layers, likelihoods, matrices, operators, representations, solvers, transforms
 from precond.catalog import Recipe, load_recipe, recipe, recipes
 from precond.cells import Cell, combinations
 from precond.errors import (
@@ -24,6 +24,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cell", "InvalidCombination", "NeedsTrajectory", "ObservationError", "PrecondError", "Preconditioner", "Recipe", "RefreshFailure",
-    "SolverFailure", "UnknownName", "UsageError", "combinations", "curvature", "damping", "history", "inverse", "likelihoods", "load_recipe",
-    "matrices", "operators", "recipe", "recipes", "representations", "solvers", "transforms",
+    "SolverFailure", "UnknownName", "UsageError", "combinations", "curvature", "damping", "history", "inverse", "layers", "likelihoods",
+    "load_recipe", "matrices", "operators", "recipe", "recipes", "representations", "solvers", "transforms",
 ]  # fmt: skip

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from precond.layers import Rule, check_examples, resolve_rule
+from precond.layers import GENERIC, Rule, resolve_rule
 from precond.observe import LayerColumns, Part, Tensors, canonical
 
 Scope = Literal["model", "layer", "matrix", "tensor"]
@@ -25,12 +25,29 @@ _CHUNK_ELEMENTS = 1 << 24  # gradients by example are formed this many numbers a
 
 @dataclass(frozen=True)
 class Layer:
-    """A module whose calls are observed. `parameters`: local name -> canonical name of each trainable parameter it uses."""
+    """A module whose calls are observed. `parameters`: local name -> canonical name of each trainable parameter it uses.
+
+    A piece of a module has the module's calls, a rule of its own, and 'weight' and 'bias' for local names; `stored` is what the
+    module calls them.
+    """
 
     name: str
     module: nn.Module
     rule: Rule
     parameters: Mapping[str, str]
+    stored: Mapping[str, str] = field(default_factory=dict)
+
+    def tensor(self, local: str) -> nn.Parameter:
+        return self.module.get_parameter(self.stored.get(local, local))
+
+    def pieces(self) -> dict[str, Layer]:
+        """The matrices that a module of several holds, by name."""
+        found = {}
+        for name, piece in self.rule.pieces(self.module).items():
+            used = {role: self.parameters[local] for role, local in piece.parameters.items() if local in self.parameters}
+            if used:
+                found[name] = replace(self, rule=piece.rule, parameters=used, stored=piece.parameters)
+        return found
 
     def total(self, seen: LayerColumns) -> Tensors:
         """The gradient of one call, summed over examples, by canonical name."""
@@ -57,13 +74,14 @@ class Block:
     """Parameters that are preconditioned together, and their coordinates.
 
     flat: each parameter flattened row-major, one after another. matrix: row-major vec of [W, b] with `rows` rows, the
-    homogeneous coordinate last; `width` columns in all.
+    homogeneous coordinate last; `width` columns in all. `transposed`: the weight is stored as (width, rows).
     """
 
     name: str
     parameters: tuple[Parameter, ...]
     layers: Mapping[str, Layer]
     rows: int | None = None
+    transposed: bool = False
 
     @property
     def n(self) -> int:
@@ -90,6 +108,8 @@ class Block:
         parts = []
         for p in self.parameters:
             value = values[p.name]
+            if self.transposed and len(p.shape) == 2:
+                value = value.transpose(-1, -2)
             ends = (self.rows, -1) if self.rows is not None else (-1,)
             parts.append(value.reshape(*value.shape[:lead], *ends))
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -103,7 +123,9 @@ class Block:
         else:
             table = vector.reshape(*lead, self.rows, -1)
             pieces = table.split([p.numel // self.rows for p in self.parameters], dim=-1)
-        return {p.name: piece.reshape(*lead, *p.shape) for p, piece in zip(self.parameters, pieces, strict=True)}
+        if self.transposed:
+            pieces = [piece.transpose(-1, -2) if len(p.shape) == 2 else piece for p, piece in zip(self.parameters, pieces, strict=True)]
+        return {p.name: piece.reshape((*lead, *p.shape)) for p, piece in zip(self.parameters, pieces, strict=True)}
 
     def positions(self) -> Tensor:
         """Where each coordinate stands in the model's flat parameter order."""
@@ -125,8 +147,7 @@ class Block:
         step = max(1, _CHUNK_ELEMENTS // max(1, columns * self.n))
         wanted = {p.name for p in self.parameters}
         for layer, seen in calls:
-            if seen.rows is None and layer.rule.modules:
-                check_examples(seen, leading_size(seen))
+            layer.rule.check(seen)
         for start in range(0, part.batch, step):
             values: Tensors = {}
             examples = slice(start, min(start + step, part.batch))
@@ -139,12 +160,6 @@ class Block:
             for p in self.parameters:
                 values.setdefault(p.name, sample.new_zeros(*sample.shape[:2], *p.shape))
             yield self.gather(values, lead=2)
-
-
-def leading_size(seen: LayerColumns) -> int:
-    """The leading dimension of the layer's input, 1 for a single vector."""
-    x = seen.input
-    return x.shape[0] if x.dim() > 1 or (not x.is_floating_point() and x.dim()) else 1
 
 
 class Partition:
@@ -185,30 +200,45 @@ class Partition:
                 continue
             if scope == "layer":
                 made.append(self._block(owner or "model", params))
-            elif scope == "matrix" and (rows := self._matrix_rows(owner, params)) is not None:
-                made.append(self._block(owner or "model", params, rows))
+            elif scope == "tensor":
+                made.extend(self._block(p.name, (p,)) for p in params)
             else:
-                for p in params:
-                    rows = None if scope == "tensor" else p.shape[0] if len(p.shape) > 1 else p.numel
-                    made.append(self._block(p.name, (p,), rows))
+                made.extend(self._matrices(owner, params))
         return made
 
-    def _matrix_rows(self, owner: str, params: tuple[Parameter, ...]) -> int | None:
-        """The rows of [W, b] where weight and bias belong together row by row, else None."""
+    def _matrices(self, owner: str, params: tuple[Parameter, ...]) -> Iterator[Block]:
+        """One [W, b] a matrix of the layer where weight and bias belong together row by row, else tensor by tensor."""
         layer = self.layers[owner]
-        names = {canonical_name: local for local, canonical_name in layer.parameters.items()}
-        local = {names[p.name]: p for p in params}
-        if "weight" not in local or not set(local) <= {"weight", "bias"} or not layer.rule.modules:
-            return None
-        weight = local["weight"]
-        rows = weight.numel if layer.rule.elementwise else weight.shape[0]
-        if "bias" in local and not (layer.rule.joint and local["bias"].numel == rows):
-            return None
-        return rows
+        for piece, view in (layer.pieces() or {"": layer}).items():
+            names = {name: local for local, name in view.parameters.items()}
+            local = {names[p.name]: p for p in params if p.name in names}
+            rows = _matrix_rows(view.rule, local)
+            name = ".".join(part for part in (owner, piece) if part) or "model"
+            if rows is not None:
+                transposed = view.rule.joint and view.rule.input_first
+                yield replace(self._block(name, tuple(local.values()), rows), transposed=transposed)
+            else:
+                for p in local.values():
+                    yield self._block(p.name, (p,), p.shape[0] if len(p.shape) > 1 else p.numel)
 
     def _block(self, name: str, params: tuple[Parameter, ...], rows: int | None = None) -> Block:
         users = {layer for p in params for layer, _ in p.uses}
-        return Block(name, params, {n: layer for n, layer in self.layers.items() if n in users}, rows)
+        wanted = {p.name for p in params}
+        layers = {}
+        for n in self.layers:
+            if n in users:
+                pieces = [piece for piece in self.layers[n].pieces().values() if wanted <= set(piece.parameters.values())]
+                layers[n] = pieces[0] if pieces and rows is not None else self.layers[n]
+        return Block(name, params, layers, rows)
+
+
+def _matrix_rows(rule: Rule, local: Mapping[str, Parameter]) -> int | None:
+    """The rows of [W, b] where weight and bias belong together row by row, else None."""
+    if "weight" not in local or not set(local) <= {"weight", "bias"} or rule is GENERIC:
+        return None
+    weight, joint = local["weight"], "bias" not in local or rule.joint
+    rows = weight.numel if rule.elementwise else weight.shape[1 if rule.joint and rule.input_first else 0]
+    return rows if joint and ("bias" not in local or local["bias"].numel == rows) else None
 
 
 def _claims_subtree(module: nn.Module) -> bool:

@@ -43,10 +43,15 @@ class BlockState:
 
     def measured(self) -> bool:
         """Whether anything valid was ever observed (waits for the device: for refreshes only)."""
-        weights = [self.statistics.get(name + WEIGHT) for name, stat in self.spec.items() if stat.kind != "local"]
+        weights = [self.statistics.get(name + WEIGHT) for name, stat in self.spec.items() if stat.kind not in ("local", "state")]
         if not weights:
             return all(name in self.statistics for name in self.spec)
         return all(w is not None and bool((w > 0).any()) for w in weights)
+
+    def prepare(self, stage: str) -> None:
+        """What the representation does before a stage is measured."""
+        averages = lambda: self.history.read(self.statistics, self.spec)  # noqa: E731  # most representations never ask
+        self.statistics = self.plan.repr.prepare(stage, self.statistics, averages, self.plan.block)
 
     def merge(self, new: dict[str, Any], valid: Tensor) -> None:
         self.statistics = self.history.merge(self.statistics, new, self.spec, valid)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from precond import damping, history, schedule, transforms
 from precond.errors import PrecondError, UnknownName
 from precond.matrices import REGISTRY as MATRICES
+from precond.options import BeforeStart
 from precond.plaindata import RecipeError, choose, fits, instance, line_of, named
 from precond.preconditioner import Preconditioner
 from precond.registry import Registry, closest
@@ -24,7 +25,7 @@ from precond.solvers import REGISTRY as SOLVERS
 
 _TEXT = ("title", "formula", "summary", "citation", "cost", "scope")
 _AXES = ("matrix", "repr", "solver")
-_OPTIONS = ("damping", "history", "transforms", "curvature_interval", "solver_interval", "start_step")
+_OPTIONS = ("damping", "history", "transforms", "curvature_interval", "solver_interval", "start_step", "before_start")
 _SECTIONS = (*_TEXT, *_AXES, *_OPTIONS, "optimizer")
 _AXIS_OF: dict[str, Registry[Any]] = {"matrix": MATRICES, "repr": REPRESENTATIONS, "solver": SOLVERS}
 
@@ -169,6 +170,11 @@ def _option(key: str, value: Any) -> Any:
     return value
 
 
+def _before_start(value: Any) -> None:
+    if value not in get_args(BeforeStart):
+        raise ValueError(f"it is {' or '.join(map(repr, get_args(BeforeStart)))}, not {value!r}.")
+
+
 def _count(value: Any) -> None:
     if not fits(value, int) or value < 0:
         raise ValueError(f"it is a number of steps, 0 or more, not {value!r}.")
@@ -197,4 +203,5 @@ _OBJECTS: dict[str, Callable[[Any], tuple[Any, Any, type]]] = {
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "damping": lambda value: damping.resolve(value, damping.Tikhonov), "history": history.resolve,
     "curvature_interval": schedule.resolve, "solver_interval": schedule.resolve, "start_step": _count,
+    "before_start": _before_start,
 }  # fmt: skip

@@ -12,7 +12,23 @@ from precond.errors import InvalidCombination, SolverFailure
 from precond.matrices import REGISTRY as MATRICES
 from precond.matrices import Matrix
 from precond.observe import Kind
-from precond.operators import Dense, Diagonal, Kronecker, MatrixFree, Operator
+from precond.operators import (
+    Dense,
+    Diagonal,
+    Gram,
+    Kronecker,
+    KroneckerEigen,
+    KroneckerSum,
+    LowRank,
+    LowRankEigen,
+    MatrixFree,
+    Operator,
+    Probed,
+    Secant,
+    SecantKronecker,
+    Sparse,
+    SparsePrecision,
+)
 from precond.representations import REGISTRY as REPRESENTATIONS
 from precond.representations import Representation
 from precond.solvers import REGISTRY as SOLVERS
@@ -36,7 +52,9 @@ def resolve_kind(matrix: Matrix, representation: Representation) -> Kind | None:
 
 
 def _words(kinds: tuple[Kind, ...]) -> str:
-    words = {"columns": "columns (a, g)", "gradient": "the gradient of the step", "product": "products", "factors": "the moments of layer inputs"}
+    words = {"columns": "columns (a, g)", "gradient": "the gradient of the step", "product": "products", "factors": "moments of layer inputs and outputs",
+        "secant": "pairs of a step and the change of the gradient", "successive": "successive gradients",
+        "layer_secant": "pairs at the outputs of layers"}  # fmt: skip
     return " or ".join(words[k] for k in kinds)
 
 
@@ -47,11 +65,14 @@ def why_not(matrix: Matrix, representation: Representation, solver: Solver) -> s
             f"representation {representation.name!r} is built from {_words(representation.requests)}, "
             f"but matrix {matrix.name!r} gives only {_words(matrix.supplies)}"
         )
+    kind = resolve_kind(matrix, representation)
+    assert kind is not None
+    structure = representation.over(kind).structure
     if matrix.centred and not (representation.centres or resolve_kind(matrix, representation) == "product"):
         return f"representation {representation.name!r} has no form from which the outer product of a mean can be taken, as {matrix.name!r} needs"
-    if not solver.takes(representation.structure):
+    if not solver.takes(structure):
         taken = ", ".join(sorted({s.__name__ for s in solver.accepts}))
-        return f"solver {solver.name!r} takes {taken} operators, but representation {representation.name!r} makes a {representation.structure.__name__}"
+        return f"solver {solver.name!r} takes {taken} operators, but representation {representation.name!r} makes a {structure.__name__}"
     if not matrix.definite and solver.power != 1 and getattr(solver, "spectrum", "auto") not in ("abs", "clamp"):
         return (
             f"matrix {matrix.name!r} is indefinite and has no real power -{solver.power:g}: use power=1, "
@@ -65,15 +86,21 @@ def specimen(structure: type[Operator]) -> Operator:
     eye = torch.eye(2)
     if structure is MatrixFree:
         return MatrixFree(lambda v: v, 2, eye.dtype, "cpu")
-    made: dict[type[Operator], Operator] = {Dense: Dense(eye), Diagonal: Diagonal(torch.ones(2)), Kronecker: Kronecker(eye, eye)}
+    made: dict[type[Operator], Operator] = {
+        Dense: Dense(eye), Diagonal: Diagonal(torch.ones(2)), Kronecker: Kronecker(eye, eye), KroneckerEigen: KroneckerEigen((eye, eye), eye + 1),
+        Secant: Secant(eye, *eye), SecantKronecker: SecantKronecker(Secant(eye, *eye), Probed(eye, torch.ones(2))),
+        Gram: Gram([eye]), KroneckerSum: KroneckerSum(eye, eye), LowRank: LowRank(eye), LowRankEigen: LowRank(eye).spectral(),
+        Sparse: Sparse(torch.zeros(2, 1, dtype=torch.long), torch.ones(1), 2),
+        SparsePrecision: SparsePrecision(torch.ones(2, 1, 1), torch.zeros(2, 0, dtype=torch.long)),
+    }  # fmt: skip
     return made[structure]
 
 
-def why_not_damping(representation: Representation, solver: Solver, damping: float | Damping) -> str | None:
-    """The reason the solver cannot invert this representation with this damping, or None."""
-    operator = specimen(representation.structure)
+def why_not_damping(structure: type[Operator], solver: Solver, damping: float | Damping) -> str | None:
+    """The reason the solver cannot invert operators of a structure with this damping, or None."""
+    operator = specimen(structure)
     try:
-        solver.init(operator, resolve(damping, solver.natural_damping(representation.structure)))
+        solver.init(operator, resolve(damping, solver.natural_damping(structure)))
     except InvalidCombination as error:
         return str(error)
     except SolverFailure:  # a matter of numbers, not of kinds
@@ -114,9 +141,9 @@ def check(matrix: Matrix, representation: Representation, solver: Solver, dampin
         near = next((c for c in _nearby(matrix, representation, solver) if why_not(*c) is None), None)
         choice = "" if near is None else f". The nearest valid choice is matrix={near[0].name!r}, repr={near[1].name!r}, solver={near[2].name!r}"
         raise InvalidCombination(f"{reason}{choice}.")
-    refused = why_not_damping(representation, solver, damping)
-    if refused is not None:
-        raise InvalidCombination(refused)
     kind = resolve_kind(matrix, representation)
     assert kind is not None
+    refused = why_not_damping(representation.over(kind).structure, solver, damping)
+    if refused is not None:
+        raise InvalidCombination(refused)
     return kind

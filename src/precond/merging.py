@@ -31,7 +31,7 @@ class History(ABC):
 
     def supports(self, kind: Kind) -> bool:
         """Whether it can merge entries of a kind."""
-        return kind in self.kinds
+        return kind == "state" or kind in self.kinds
 
     def merge(self, old: Statistics | None, new: Statistics, spec: Mapping[str, Stat], valid: Tensor | None = None) -> Statistics:
         """The statistics after one more observation; entries not in `new` stay as they are.
@@ -55,6 +55,9 @@ class History(ABC):
                 )
             if stat.kind == "local":
                 result[name] = x
+            elif stat.kind == "state":
+                old_state = result.get(name)
+                result[name] = x if valid is None or old_state is None else torch.where(valid.to(x.device), x, old_state)
             else:
                 flag = torch.ones((), dtype=torch.bool, device=x.device) if valid is None else valid.to(x.device)
                 # what an invalid observation holds may be NaN, which survives a multiplication by zero but not this
@@ -64,7 +67,7 @@ class History(ABC):
     def read(self, statistics: Statistics, spec: Mapping[str, Stat]) -> Statistics:
         """The averages, without what the history keeps beside them."""
         kept = {name: x for name, x in statistics.items() if name in spec}
-        return {name: x if spec[name].kind == "local" else self._read(statistics, name, spec[name]) for name, x in kept.items()}
+        return {name: x if spec[name].kind in ("local", "state") else self._read(statistics, name, spec[name]) for name, x in kept.items()}
 
     @abstractmethod
     def _merge(self, result: Statistics, name: str, x: Tensor, stat: Stat, valid: Tensor) -> None:

@@ -124,7 +124,8 @@ def climb(
 
     Rungs: "ok" (as given), "float64", "damping" (float64, damping x10, up to `retries` times), "cpu" (float64, damping as given).
     A rung fails by `SolverFailure`, by an error of torch's linear algebra, or by a state that is not finite. The state comes back in
-    the dtype and on the device of the operator. A matrix-free operator cannot be cast, so it only climbs "ok" and "damping".
+    the dtype and on the device of the operator; on "ok" a solver may keep float64 by its own choice. A matrix-free operator cannot be
+    cast, so it only climbs "ok" and "damping".
 
     Raises:
         SolverFailure: the operator is not finite, or every rung failed; the message lists what each one said.
@@ -140,7 +141,8 @@ def climb(
                 raise
             said.append(f"{rung}: {error}")
             continue
-        state = _cast(state, operator.dtype, operator.device)
+        if candidate is not operator:
+            state = _cast(state, operator.dtype, operator.device)
         if bool(all_finite(_leaves(state))):  # after the cast: what float64 can hold may overflow in float32
             return state, rung
         said.append(f"{rung}: the state is not finite")
@@ -167,7 +169,7 @@ def _is_linear_algebra(error: Exception) -> bool:
 
 
 def _cast(state: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Only what the ladder widened is narrowed: integers, and entries a solver keeps in another dtype, stay."""
+    """What the ladder widened, as it was: integers stay."""
     if isinstance(state, dict):
         return {key: _cast(value, dtype, device) for key, value in state.items()}
     if not isinstance(state, Tensor):

@@ -11,6 +11,7 @@ from precond import schedule
 from precond.errors import InvalidCombination
 from precond.history import History, Local
 from precond.layers import ROW_LAYOUTS
+from precond.observe import SHARED
 from precond.plan import Overrides
 from precond.representations import Representation
 from precond.schedule import Schedule
@@ -19,6 +20,7 @@ from precond.transforms import Transform
 Interval = int | Callable[[int], bool]
 LossWeights = Literal["normalised", "given"]
 OnNonfinite = Literal["zero", "skip", "raise"]
+BeforeStart = Literal["gradient", "nothing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class Options:
     curvature: Schedule
     solver: Schedule
     start_step: int
+    before_start: BeforeStart
     overrides: Overrides | None
     strict: bool
     loss_weights: LossWeights
@@ -40,8 +43,8 @@ class Options:
 
 def make_options(
     representation: Representation, *, transforms: Sequence[Transform] | None, history: str | float | History, curvature_interval: Interval,
-    solver_interval: Interval | None, start_step: int, overrides: Overrides | None, strict: bool, loss_weights: LossWeights,
-    on_nonfinite: OnNonfinite, rows: Mapping[str, str] | None, self_check: bool,
+    solver_interval: Interval | None, start_step: int, before_start: BeforeStart, overrides: Overrides | None, strict: bool,
+    loss_weights: LossWeights, on_nonfinite: OnNonfinite, rows: Mapping[str, str] | None, self_check: bool,
 ) -> Options:  # fmt: skip
     """Options from the arguments of `Preconditioner`; raises one sentence for a value that has no meaning."""
     resolved = histories.resolve(history)
@@ -54,13 +57,15 @@ def make_options(
     if start_step < 0:
         raise ValueError(f"start_step={start_step}: it is a number of steps, 0 or more.")
     _one_of("loss_weights", loss_weights, ("normalised", "given"))
+    _one_of("before_start", before_start, ("gradient", "nothing"))
     _one_of("on_nonfinite", on_nonfinite, ("zero", "skip", "raise"))
     for pattern, layout in (rows or {}).items():
-        if layout not in ROW_LAYOUTS:
-            raise ValueError(f"rows={{{pattern!r}: {layout!r}}}: choose one of {', '.join(map(repr, ROW_LAYOUTS))}.")
+        if layout not in (*ROW_LAYOUTS, SHARED):
+            raise ValueError(f"rows={{{pattern!r}: {layout!r}}}: choose one of {', '.join(map(repr, (*ROW_LAYOUTS, SHARED)))}.")
     return Options(
         transforms=tuple(transforms or ()), history=resolved, curvature=schedule.resolve(curvature_interval),
         solver=schedule.resolve(curvature_interval if solver_interval is None else solver_interval), start_step=start_step,
+        before_start=before_start,
         overrides=overrides, strict=strict, loss_weights=loss_weights, on_nonfinite=on_nonfinite, rows=dict(rows or {}), self_check=self_check,
     )  # fmt: skip
 

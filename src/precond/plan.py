@@ -14,13 +14,14 @@ from precond import cells
 from precond.blocks import Block, Partition
 from precond.damping import Damping, resolve
 from precond.errors import InvalidCombination, ObservationError, UsageError
+from precond.layers import GENERIC
 from precond.matrices import REGISTRY as MATRICES
 from precond.matrices import Matrix
 from precond.observe import Columns, Demand, Kind, Part
 from precond.representations import REGISTRY as REPRESENTATIONS
 from precond.representations import Representation
 from precond.solvers import REGISTRY as SOLVERS
-from precond.solvers import Elementwise, Solver
+from precond.solvers import Eigen, Elementwise, Solver
 
 Overrides = Mapping[Any, Mapping[str, Any] | None]
 _OPTIONS = ("matrix", "repr", "solver", "damping")
@@ -76,7 +77,7 @@ class Plan:
     left: Mapping[str, str]
 
     def observed_layers(self) -> dict[str, nn.Module]:
-        names = frozenset().union(*(d.layers for d in self.demands if d.kind in ("columns", "factors")))
+        names = frozenset().union(*(d.layers for d in self.demands if d.kind in ("columns", "factors", "layer_secant")))
         return {n: layer.module for n, layer in self.partition.layers.items() if n in names}
 
 
@@ -95,10 +96,11 @@ class _Draft:
         if number == len(self.fed):
             self.fed.append((triple.matrix, kind, set()))
         self.fed[number][2].update(block.layers)
-        damping = resolve(triple.damping, triple.solver.natural_damping(triple.repr.structure))
-        self.blocks.append(BlockPlan(block, triple.matrix, triple.repr, triple.solver, damping, kind, number, note))
+        held = triple.repr.over(kind)
+        damping = resolve(triple.damping, triple.solver.natural_damping(held.structure))
+        self.blocks.append(BlockPlan(block, triple.matrix, held, triple.solver, damping, kind, number, note))
 
-    def leave(self, owner: str, reason: str) -> None:
+    def leave(self, owner: str, reason: str, block: Block | None = None) -> None:
         """A layer that the user did not ask to leave out has no curvature: said once, and shown by `describe()`."""
         if self.strict:
             raise InvalidCombination(f"layer {owner!r} cannot be preconditioned: {reason}. Leave it out, overrides={{{owner!r}: None}}.")
@@ -106,7 +108,7 @@ class _Draft:
             f"layer {owner!r} keeps its plain gradient: {reason}. Say so with overrides={{{owner!r}: None}}, or give it another matrix there.",
             stacklevel=2,
         )
-        self.left |= dict.fromkeys((p.name for p in self.partition.owned(owner)), reason)
+        self.left |= dict.fromkeys((p.name for p in (block.parameters if block else self.partition.owned(owner))), reason)
 
     def demands(self) -> Iterator[Demand]:
         for number, (matrix, kind, layers) in enumerate(self.fed):
@@ -143,6 +145,9 @@ def make_plan(partition: Partition, default: Triple, overrides: Overrides | None
         if triple is not None and partition.owned(owner):
             groups.setdefault(id(triple), (triple, []))[1].append(owner)
     for triple, owners in groups.values():
+        refused = triple.matrix.refuse(partition.model)
+        if refused is not None:
+            raise ObservationError(refused)
         _plan_group(draft, triple, owners)
     if not draft.blocks:
         raise UsageError("every layer of the model is left out, by an override or because the matrix has no meaning there: nothing is preconditioned.")
@@ -193,24 +198,25 @@ def _plan_group(draft: _Draft, triple: Triple, owners: Sequence[str]) -> None:
         return
     for owner in owners:
         blocks = partition.blocks([owner], triple.repr.scope)
-        reason = next((why for block in blocks if (why := triple.repr.hosts(block)) is not None), None)
-        if reason is None:
-            for block in blocks:
+        held = triple.repr.over(kind)
+        for block in blocks:
+            reason = held.hosts(block)
+            if reason is None:
                 draft.add(block, triple, kind)
-        elif draft.strict:
-            raise InvalidCombination(
-                f"representation {triple.repr.name!r} cannot host layer {owner!r} ({type(partition.layers[owner].module).__name__}): {reason}. "
-                f"Give it another one, overrides={{{owner!r}: dict(repr=...)}}, or strict=False for the fallback {triple.repr.fallback(blocks[0])!r}."
-            )
-        else:
-            _fall_back(draft, triple, owner, blocks[0], reason)
+            elif draft.strict:
+                raise InvalidCombination(
+                    f"representation {triple.repr.name!r} cannot host layer {owner!r} ({type(partition.layers[owner].module).__name__}): {reason}. "
+                    f"Give it another one, overrides={{{owner!r}: dict(repr=...)}}, or strict=False for the fallback {triple.repr.fallback(block)!r}."
+                )
+            else:
+                _fall_back(draft, triple, owner, block, reason)
 
 
 def _why_no_inputs(partition: Partition, owner: str) -> str | None:
     """Why a layer's parameters have no moment of inputs, or None."""
     layer = partition.layers[owner]
     weight = next((p for p in partition.owned(owner) if p.name == layer.parameters.get("weight")), None)
-    if not layer.rule.linear or weight is None:
+    if not (layer.rule.linear and (layer.rule.joint or layer.rule.one_hot)) or weight is None:
         return "it has none"
     if any(partition.layers[user].rule is not layer.rule for user, _ in weight.uses):
         return "its weight is tied between layers of different kinds, where inputs and outputs exchange roles"
@@ -220,17 +226,21 @@ def _why_no_inputs(partition: Partition, owner: str) -> str | None:
 def _fall_back(draft: _Draft, triple: Triple, owner: str, block: Block, reason: str) -> None:
     """The declared fallback of a representation that cannot host a layer, with the solver that its structure needs."""
     representation = REPRESENTATIONS.create(triple.repr.fallback(block))
-    solver = triple.solver if triple.solver.takes(representation.structure) else Elementwise(power=triple.solver.power)
+    kind, power = cells.resolve_kind(triple.matrix, representation), triple.solver.power
+    structure = representation.structure if kind is None else representation.over(kind).structure
+    candidates = (triple.solver, Elementwise(power=power), Eigen(power=power))
+    solver = next((s for s in candidates if s.takes(structure)), triple.solver)
     damping = triple.damping
-    if isinstance(damping, Damping) and cells.why_not_damping(representation, solver, damping) is not None:
+    if isinstance(damping, Damping) and cells.why_not_damping(structure, solver, damping) is not None:
         damping = float(damping.value)  # the same amount, in the form natural to the fallback
     instead = Triple(triple.matrix, representation, solver, damping)
     impossible = cells.why_not(triple.matrix, representation, solver)
     if impossible is not None:
-        draft.leave(owner, f"{triple.repr.name}: {reason}; and {impossible}")
+        draft.leave(owner, f"{triple.repr.name}: {reason}; and {impossible}", block)
         return
     for fallback in draft.partition.blocks([owner], representation.scope):
-        draft.add(fallback, instead, instead.check(), f"{triple.repr.name}: {reason}")
+        if set(fallback.names) <= set(block.names):
+            draft.add(fallback, instead, instead.check(), f"{triple.repr.name}: {reason}")
 
 
 def _refuse_layers(partition: Partition, demands: Sequence[Demand]) -> None:
@@ -238,6 +248,6 @@ def _refuse_layers(partition: Partition, demands: Sequence[Demand]) -> None:
     for demand in demands:
         for name in demand.layers if demand.kind == "columns" else ():
             layer = partition.layers[name]
-            reason = layer.rule.refuse(layer.module) if layer.rule.modules else None
+            reason = layer.rule.refuse(layer.module) if layer.rule is not GENERIC else None
             if reason is not None:
                 raise ObservationError(f"layer {name!r} ({type(layer.module).__name__}) is refused: {reason}; or leave it out, overrides={{{name!r}: None}}.")

@@ -19,9 +19,10 @@ from precond.history import History
 from precond.likelihoods import Likelihood
 from precond.matrices import REGISTRY as MATRICES
 from precond.matrices import Matrix
+from precond.observe import LossReader
 from precond.operators import Operator
 from precond.optimizer_hooks import OptimizerHooks
-from precond.options import Interval, LossWeights, OnNonfinite, make_options
+from precond.options import BeforeStart, Interval, LossWeights, OnNonfinite, make_options
 from precond.plan import Overrides, Triple
 from precond.progress import Progress
 from precond.representations import REGISTRY as REPRESENTATIONS
@@ -31,7 +32,7 @@ from precond.solvers import REGISTRY as SOLVERS
 from precond.solvers import Solver
 from precond.transforms import Transform
 
-Criterion = nn.Module | Likelihood | str
+Criterion = nn.Module | Likelihood | LossReader | str
 
 
 class Preconditioner:
@@ -46,13 +47,16 @@ class Preconditioner:
         curvature_interval: observe every so many steps, or when a function of the step says so.
         solver_interval: refresh the solver so often; as often as the curvature is observed when None.
         start_step: steps before the first preconditioned update; statistics are gathered from step 0.
+        before_start: what those steps do: the update with the plain (transformed) gradient, or "nothing": no parameter moves and no
+            transform sees the gradient, as in the first step of SOAP.
         overrides: module-name glob, class or module -> dict(matrix=, repr=, solver=, damping=), or None to leave it.
         strict: raise where the representation cannot host a layer, instead of the fallback that `describe()` shows.
         loss_weights: "normalised": C = sum w_c C_c / sum w_c over the criterion calls of the step; "given": sum w_c C_c.
         on_nonfinite: a block with a gradient or direction that is not finite gets a zero direction ("zero", no host
             synchronisation), the whole step is skipped ("skip"), or it raises ("raise").
         seed: keys sampled labels; part of the state. Drawn from torch's generator when None.
-        rows: module-name glob -> "flattened" or "second", for layers whose leading dimension is not the batch.
+        rows: module-name glob -> how a layer's leading dimension is made where it is not the batch: "flattened" (batch and positions),
+            "second" (the batch is the second one), "shared" (a position embedding, called once for all examples).
         self_check: compare the first gradient of every block with what its layers explain, and raise when they differ.
 
     Raises:
@@ -72,7 +76,7 @@ class Preconditioner:
         self, *, matrix: str | Matrix | type[Matrix], repr: str | Representation | type[Representation],
         solver: str | Solver | type[Solver], damping: float | Damping = 1e-3, transforms: Sequence[Transform] | None = None,
         history: str | float | History = "local", curvature_interval: Interval = 1, solver_interval: Interval | None = None,
-        start_step: int = 0, overrides: Overrides | None = None, strict: bool = False,
+        start_step: int = 0, before_start: BeforeStart = "gradient", overrides: Overrides | None = None, strict: bool = False,
         loss_weights: LossWeights = "normalised", on_nonfinite: OnNonfinite = "zero", seed: int | None = None,
         rows: Mapping[str, str] | None = None, self_check: bool = True,
     ) -> None:  # fmt: skip
@@ -80,7 +84,8 @@ class Preconditioner:
         self.triple.check()
         self.options = make_options(
             self.triple.repr, transforms=transforms, history=history, curvature_interval=curvature_interval, solver_interval=solver_interval,
-            start_step=start_step, overrides=overrides, strict=strict, loss_weights=loss_weights, on_nonfinite=on_nonfinite, rows=rows,
+            start_step=start_step, before_start=before_start, overrides=overrides, strict=strict,
+            loss_weights=loss_weights, on_nonfinite=on_nonfinite, rows=rows,
             self_check=self_check,
         )  # fmt: skip
         drawn = int(torch.randint(2**31, ()).item()) if seed is None else seed
@@ -114,7 +119,7 @@ class Preconditioner:
         """
         if self._session is not None:
             raise UsageError("this preconditioner is attached already: call remove() first, or build another one.")
-        criteria = [(c, likelihoods.resolve(c)) for c in _criteria(criterion)]
+        criteria = [(c, None if isinstance(c, LossReader) else likelihoods.resolve(c)) for c in _criteria(criterion)]
         try:
             self._hooks = OptimizerHooks(self, optimizer) if optimizer is not None else None
             self._session = Session(
@@ -164,10 +169,11 @@ class Preconditioner:
     def observe(self, loss: Tensor, output: Tensor, target: Tensor | tuple[Tensor, ...]) -> Tensor:
         """Watch a loss that no criterion module computed; call it before `loss.backward()`. Returns the loss."""
         session = self._attached()
-        if not session.criteria:
+        likelihood = session.criteria[0][1] if session.criteria else None
+        if likelihood is None:
             raise UsageError("observe() needs to know what the loss stands for: attach(model, criterion=...) with a likelihood or its name.")
         if session.needs_criterion and torch.is_grad_enabled() and loss.requires_grad and session.due():
-            if not session.observer.observe(loss, output, target, session.criteria[0][1]):
+            if not session.observer.observe(loss, output, target, likelihood):
                 raise UsageError("observe() was given an output that no forward pass of the attached model made in this step.")
         return loss
 
@@ -228,6 +234,6 @@ class Preconditioner:
 def _criteria(criterion: Criterion | Sequence[Criterion] | None) -> list[Criterion]:
     if criterion is None:
         return []
-    if isinstance(criterion, (str, nn.Module, Likelihood)) or not isinstance(criterion, Sequence):
+    if isinstance(criterion, (str, nn.Module, Likelihood, LossReader)) or not isinstance(criterion, Sequence):
         return [criterion]
     return list(criterion)

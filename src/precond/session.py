@@ -15,11 +15,11 @@ from precond.directions import directions, finite_only
 from precond.distributed import Group
 from precond.errors import UsageError
 from precond.likelihoods import Likelihood
-from precond.observe import Observer, SelfCheck, Tensors
+from precond.observe import LossReader, Observer, SelfCheck, Tensors
 from precond.options import Options, check_history
 from precond.plan import Plan, Triple, make_plan
 from precond.progress import Progress
-from precond.update import Assembly
+from precond.update import Assembly, Observations
 
 T = TypeVar("T")
 _FAILURE_LIMIT = 3
@@ -36,7 +36,7 @@ class Session:
 
     def __init__(
         self, triple: Triple, options: Options, progress: Progress, model: nn.Module, group: Group,
-        criteria: Sequence[tuple[object, Likelihood]], held: Callable[[], frozenset[int] | None], rate: Callable[[nn.Parameter], float],
+        criteria: Sequence[tuple[object, Likelihood | None]], held: Callable[[], frozenset[int] | None], rate: Callable[[nn.Parameter], float],
         amp_scale: Callable[[], float], blocks: Sequence[BlockState],
     ) -> None:  # fmt: skip
         self.triple, self.options, self.progress = triple, options, progress
@@ -44,7 +44,13 @@ class Session:
         self.held, self.rate, self.amp_scale = held, rate, amp_scale
         self.blocks = list(blocks)
         self._written: list[tuple[int, int]] = []
+        self._start: tuple[Tensors, Tensors] | None = None  # parameters and gradient before the update, where pairs are made after it
+        self._check_slope = options.self_check
         self.plan = self._plan()
+        if held() is None and any(b.plan.repr.after for b in self.blocks):
+            raise UsageError(
+                f"the matrix {triple.matrix.name!r} is made from pairs that are taken after the optimizer's update: attach(model, criterion, optimizer)."
+            )
         self.observer = self._observe_with(self.plan)
 
     # -- planning ------------------------------------------------------------------------------------------------
@@ -80,14 +86,24 @@ class Session:
             check = SelfCheck(lambda seen: partition.layers[seen.name].total(seen), names)
         observer = Observer(
             self.model, layers, plan.demands, due=self.due, step=lambda: self.progress.step, seed=lambda: self.progress.seed,
-            params=list(plan.partition.tensors.values()), rank=self.group.rank, rows=self.options.rows, selfcheck=check, renew=self.renew,
+            params=list(plan.partition.tensors.values()), rank=self.group.rank, rows=self._rows(), selfcheck=check, renew=self.renew,
         )  # fmt: skip
         if any(p.matrix.needs_criterion for p in plan.blocks):
             observer.watch_model()
             for criterion, likelihood in self.criteria:
-                if isinstance(criterion, nn.Module):
+                if isinstance(criterion, LossReader):
+                    observer.watch_own_loss(criterion)
+                elif likelihood is not None and isinstance(criterion, nn.Module):
                     observer.watch_criterion(criterion, likelihood)
         return observer
+
+    def _rows(self) -> dict[str, str]:
+        """The user's layouts, and after them those that the reader of the model's own loss knows of: the first that matches counts."""
+        rows = dict(self.options.rows)
+        for criterion, _ in self.criteria:
+            for name, layout in criterion.rows(self.model).items() if isinstance(criterion, LossReader) else ():
+                rows.setdefault(name, layout)
+        return rows
 
     def renew(self) -> Observer | None:
         """Plan again where a parameter was frozen, added or swapped; what was observed in this step stays, by matrix and kind."""
@@ -105,7 +121,7 @@ class Session:
             return {new: found[n] for n, new in to.items() if new is not None}
 
         for part in parts:
-            part.columns, part.gradients = moved(part.columns), moved(part.gradients)
+            part.columns, part.gradients, part.chained = moved(part.columns), moved(part.gradients), moved(part.chained)
             part.reduced = {n: {name: s for name, s in r.items() if name in same} for n, r in moved(part.reduced).items()}
         self.observer.parts = parts
         return self.observer
@@ -136,22 +152,37 @@ class Session:
         if not self.observer.parts and self.needs_criterion:
             raise UsageError(
                 "this step differentiated no loss that the preconditioner saw: compute it with the attached criterion on the model's output "
-                "(under gradients), or call observe(loss, output, target) before loss.backward()."
+                "(under gradients; with `labels` where the model computes its loss), or call observe(loss, output, target) before loss.backward()."
             )
         names = {p.name for b in self.plan.blocks if b.kind == "gradient" for p in b.block.parameters}
         tensors = self.plan.partition.tensors
         complete = {n: gradients[n] if n in gradients else torch.zeros_like(_wide(tensors[n])) for n in names}
-        assembly = Assembly(self.plan, self.observer, self.group, self.options.loss_weights, self.amp_scale())
-        observations = assembly.observations(complete)
-        for stage in dict.fromkeys(s for b in self.blocks for s in b.plan.repr.stages):
-            for flag in assembly.merge(self.blocks, observations, stage):
-                self.progress.diagnostics.count("observations_dropped", ~flag)
+        assembly = self._assembly()
+        self._merge(assembly, assembly.observations(complete), [b for b in self.blocks if b.plan.repr.stages], "stages")
         self.progress.diagnostics.count("observations")
-        if self.options.solver.due(self.progress.step) or any(b.state is None for b in self.blocks):
-            self._refresh()
+        pairs = {n: p for d in self.plan.demands if d.kind == "secant" for n, p in d.params.items()}
+        if any(b.plan.repr.after for b in self.blocks):
+            slope = assembly.slope(pairs, self._check_slope) if pairs else {}
+            self._start, self._check_slope = ({n: p.detach().clone() for n, p in pairs.items()}, slope), False
 
-    def _refresh(self) -> None:
-        for block in self.blocks:
+    def _assembly(self) -> Assembly:
+        return Assembly(self.plan, self.observer, self.group, self.options.loss_weights, self.amp_scale())
+
+    def _observe_update(self, start: Tensors, slope: Tensors) -> None:
+        """The batch once more, at the parameters after the update."""
+        assembly = self._assembly()
+        self._merge(assembly, assembly.after(start, slope), [b for b in self.blocks if b.plan.repr.after], "after")
+
+    def _merge(self, assembly: Assembly, observations: Observations, blocks: Sequence[BlockState], stages: str) -> None:
+        """Measure and merge stage by stage, then refresh what was measured."""
+        for stage in dict.fromkeys(s for b in blocks for s in getattr(b.plan.repr, stages)):
+            for flag in assembly.merge(blocks, observations, stage):
+                self.progress.diagnostics.count("observations_dropped", ~flag)
+        if self.options.solver.due(self.progress.step) or any(b.state is None for b in blocks):
+            self._refresh(blocks)
+
+    def _refresh(self, blocks: Sequence[BlockState]) -> None:
+        for block in blocks:
             rung = block.refresh(_FAILURE_LIMIT)
             if rung is not None and rung != "kept":
                 self.progress.diagnostics.count("refreshes")
@@ -160,6 +191,8 @@ class Session:
 
     def _directions(self, gradients: Tensors) -> Tensors | None:
         options, progress = self.options, self.progress
+        if options.before_start == "nothing" and progress.step < options.start_step:
+            return None
         transforms = list(zip(options.transforms, progress.transforms, strict=True))
         tensors = self.plan.partition.tensors
         rates = {b.name: self.rate(tensors[b.plan.block.names[0]]) for b in self.blocks} if transforms else {}
@@ -168,13 +201,17 @@ class Session:
 
     def _write(self, params: dict[str, nn.Parameter], found: Tensors | None, scale: Tensor | None) -> None:
         for name, p in params.items():
-            if found is None:  # the whole step is skipped: an optimizer leaves a parameter without a gradient alone
+            if found is None:  # no parameter moves in this step: an optimizer leaves a parameter without a gradient alone
                 p.grad = None
             elif name in found and p.grad is not None:
                 p.grad.copy_(found[name] if scale is None else found[name] * scale)
 
     def end_step(self) -> None:
-        """Clear what belongs to the step."""
+        """Observe the update where that is asked for, and clear what belongs to the step."""
+        start, self._start = self._start, None
+        if start is not None:
+            with torch.no_grad(), numerics.full_precision(next(iter(self.plan.partition.tensors.values())).device.type):
+                self._observe_update(*start)
         self.observer.forget()
         for block in self.blocks:
             block.end_step()

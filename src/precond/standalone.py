@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from precond import likelihoods
 from precond.blocks import Partition
 from precond.blockstate import BlockState
 from precond.distributed import Group, unwrap
-from precond.errors import ObservationError, UsageError
+from precond.errors import NeedsTrajectory, ObservationError, UsageError
 from precond.history import Local
 from precond.likelihoods import Likelihood
 from precond.matrices import REGISTRY as MATRICES
 from precond.matrices import Matrix
-from precond.observe import Observer, Tensors, differentiate_batch
+from precond.observe import Observer, Pair, Tensors, differentiate_batch
 from precond.operators import BlockDiagonal
 from precond.plan import Plan, Triple, make_plan
 from precond.representations import REGISTRY as REPRESENTATIONS
@@ -28,12 +28,13 @@ from precond.update import Assembly
 
 Targets = Tensor | tuple[Any, ...]
 Batch = tuple[Any, Targets]
+SecantPair = tuple[Tensor | Mapping[str, Tensor], Tensor | Mapping[str, Tensor]]
 
 
 def curvature(
     model: nn.Module, criterion: nn.Module, inputs: Any = None, targets: Targets | None = None, *, matrix: str | Matrix | type[Matrix],
     repr: str | Representation | type[Representation], seed: int | None = None, exact: bool = False,
-    batches: Iterable[Batch] | None = None, strict: bool = False, rows: Mapping[str, str] | None = None,
+    batches: Iterable[Batch] | None = None, pairs: Iterable[SecantPair] | None = None, strict: bool = False, rows: Mapping[str, str] | None = None,
 ) -> BlockDiagonal:  # fmt: skip
     """A curvature matrix in a representation, at the model's present parameters.
 
@@ -44,6 +45,9 @@ def curvature(
             takes them; a tuple where it takes more than a target, as (target, var) of nn.GaussianNLLLoss.
         batches: instead, an iterable of (inputs, targets), of unequal sizes if need be: a mean loss weighs each by its
             number of terms, a sum adds.
+        pairs: for a matrix made along the optimizer's path ('bfgs_hessian'), which needs no data: (s, y) in order, a step and the
+            change of the gradient, each (P,) in the order below or a mapping from parameter names; under 'kron_io' mappings from
+            layer names to vectors in the space of the layer's outputs, beside inputs and targets.
         matrix, repr: a name or an instance. strict: raise instead of falling back where a layer cannot be hosted.
         seed: keys sampled labels; drawn from torch's generator when None (which is put back).
         exact: refuse BatchNorm in training mode, whose columns carry cross-example terms.
@@ -59,10 +63,15 @@ def curvature(
     """
     likelihood = likelihoods.resolve(criterion)
     plain = unwrap(model)
-    data = _batches(inputs, targets, batches)
     # any solver will do: the cell's other two axes are what is asked for
     triple = Triple(MATRICES.create(matrix), REPRESENTATIONS.create(repr), CG(), 0.0)
+    trajectory = _trajectory(triple.matrix, pairs)
     plan = make_plan(Partition(plain), triple, None, strict)
+    if trajectory and inputs is None and batches is None and all(b.kind != "layer_secant" for b in plan.blocks):
+        states = [BlockState(p, Local()) for p in plan.blocks]
+        _follow(states, plan, trajectory, triple.matrix)
+        return _whole(states, plan)
+    data = _batches(inputs, targets, batches)
     if exact:
         _refuse_batch_statistics(plain)
     with _unchanged(plain):
@@ -71,7 +80,9 @@ def curvature(
         observer.watch_model()
         try:
             gradients = _record(observer, plan, criterion, likelihood, data)
-            return _build(observer, plan, gradients, likelihood, Group(plain))
+            states = _build(observer, plan, gradients, likelihood, Group(plain))
+            _follow(states, plan, trajectory, triple.matrix)
+            return _whole(states, plan)
         finally:
             observer.remove()
 
@@ -100,7 +111,7 @@ def _record(observer: Observer, plan: Plan, criterion: nn.Module, likelihood: Li
     return {n: g.detach() / divisor.to(g.dtype) for n, g in gradients.items()}
 
 
-def _build(observer: Observer, plan: Plan, gradients: Tensors, likelihood: Likelihood, group: Group) -> BlockDiagonal:
+def _build(observer: Observer, plan: Plan, gradients: Tensors, likelihood: Likelihood, group: Group) -> list[BlockState]:
     assembly = Assembly(plan, observer, group, "normalised" if likelihood.reduction != "sum" else "given", 1.0)
     observations = assembly.observations(gradients)
     states = [BlockState(p, Local()) for p in plan.blocks]
@@ -108,6 +119,49 @@ def _build(observer: Observer, plan: Plan, gradients: Tensors, likelihood: Likel
         assembly.merge(states, observations, stage)
         for b in states:
             b.statistics = b.plan.repr.rebase(b.statistics)
+    return states
+
+
+def _trajectory(matrix: Matrix, pairs: Iterable[SecantPair] | None) -> list[SecantPair]:
+    if matrix.needs_trajectory and pairs is None:
+        raise NeedsTrajectory(
+            f"matrix {matrix.name!r} has no value from one batch, it is made from pairs along the optimizer's path: give pairs=[(s, y), ...], "
+            "each a step of all parameters (P,) and the change of the gradient, or use it in a Preconditioner."
+        )
+    if pairs is not None and not matrix.needs_trajectory:
+        raise UsageError(f"pairs= is for matrices made along the optimizer's path; {matrix.name!r} is made from inputs and targets.")
+    return list(pairs or ())
+
+
+def _follow(states: Sequence[BlockState], plan: Plan, pairs: Sequence[SecantPair], matrix: Any) -> None:
+    for s, y in pairs:
+        pair = Pair(_named(s, plan), _named(y, plan), matrix.rule)
+        for b in states:
+            b.merge(b.plan.repr.measure("pair", pair, b.plan.block, b.statistics), torch.ones((), dtype=torch.bool))
+
+
+def _named(vector: Tensor | Mapping[str, Tensor], plan: Plan) -> Tensors:
+    """A vector over all parameters, by name; a mapping as it is, if it has all the names that the blocks need."""
+    if isinstance(vector, Tensor):
+        parameters = plan.partition.parameters
+        total = sum(p.numel for p in parameters.values())
+        if vector.shape != (total,) or any(b.kind == "layer_secant" for b in plan.blocks):
+            wanted = ", ".join(repr(n) for n in _names(plan))
+            raise UsageError(f"a pair is two vectors ({total},), or two mappings with the names {wanted}; this one has the shape {tuple(vector.shape)}.")
+        pieces = vector.split([p.numel for p in parameters.values()])
+        return {name: piece.view(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}
+    missing = [name for name in _names(plan) if name not in vector]
+    if missing:
+        raise UsageError(f"a vector of a pair misses {', '.join(map(repr, missing))}: it is a mapping with the names {', '.join(map(repr, _names(plan)))}.")
+    return dict(vector)
+
+
+def _names(plan: Plan) -> list[str]:
+    """What a pair is given by: layers where it is in the space of their outputs, parameters elsewhere."""
+    return [name for b in plan.blocks for name in ((b.block.name,) if b.kind == "layer_secant" else b.block.names)]
+
+
+def _whole(states: Sequence[BlockState], plan: Plan) -> BlockDiagonal:
     total = sum(p.numel for p in plan.partition.parameters.values())
     device = next(iter(plan.partition.tensors.values())).device
     return BlockDiagonal(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Kind = Literal["mean", "rows", "local"]
+Kind = Literal["mean", "rows", "state", "local"]
 Form = Literal["matrix", "diagonal", "plain"]
 Statistics = dict[str, Any]
 """A flat dict of tensors; local entries may be anything that lives one step."""
@@ -16,7 +16,8 @@ class Stat:
     """One entry of the statistics.
 
     Args:
-        kind: "mean", averaged; "rows", concatenated along the first dimension; "local", lives one step.
+        kind: "mean", averaged; "rows", concatenated along the first dimension; "state", replaced by each valid observation, for
+            what is no average (a BFGS matrix is made from the one before); "local", lives one step.
         degree: how the entry scales with the loss: times c^degree when the loss is multiplied by c.
         form: "matrix" (*batch, n, n) and "diagonal" (*batch, n) say where a multiple of the identity may be added; "plain" has none.
 

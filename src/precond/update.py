@@ -7,15 +7,39 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from precond import numerics, observe
 from precond.blockstate import BlockState, finite
 from precond.distributed import Group
-from precond.observe import Columns, CriterionCall, Gradient, Observation, Observer, Product, Tensors
+from precond.observe import (
+    Columns,
+    CriterionCall,
+    Factors,
+    Gradient,
+    Moved,
+    Observation,
+    Observer,
+    Pair,
+    Product,
+    Slope,
+    Tensors,
+    TermWeights,
+)
 from precond.plan import Plan
 
-Weight = Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Columns that were reduced in the loss hook: statistics by block."""
+
+    blocks: Mapping[str, dict[str, Tensor]]
+    weight: Tensor
+
+
+Observations = Sequence[Observation | Measured] | Mapping[int, Observation]
+"""By demand."""
 
 
 class Assembly:
@@ -38,22 +62,82 @@ class Assembly:
         if demand.sampled:
             return self._sampled(number)
         if demand.kind == "gradient":
-            return Gradient(gradients)
+            return Gradient(self._per_term(gradients) if matrix.counts_terms else gradients)
         if demand.kind == "columns" and (early := observe.reduced(self.observer, number)) is not None:
             return Measured(*early)
         if demand.kind == "columns":
             return replace(observe.columns(self.observer, number), centred=matrix.centred)
+        if demand.kind == "layer_secant":
+            return observe.columns(self.observer, number)
+        if demand.kind == "successive":
+            return Slope({n: p.detach() for n, p in demand.params.items()}, self.slope(demand.params, check=False), matrix.rule)
         if demand.kind == "factors":
-            return observe.factors(self.observer, number)
+            return self._chained(number) if matrix.chained else observe.factors(self.observer, number)
         return self._product(number)
 
+    def after(self, start: Tensors, slope: Tensors) -> dict[int, Observation]:
+        """By demand, what can be observed only after the optimizer's update; start and slope: the parameters and the gradient before it."""
+        return {
+            number: self._pair(number, start, slope) if demand.kind == "secant" else self._moved(number)
+            for number, demand in enumerate(self.plan.demands) if demand.kind in ("secant", "layer_secant")
+        }  # fmt: skip
+
+    def _moved(self, number: int) -> Moved:
+        matrix: Any = self.plan.demands[number].matrix
+        return Moved(observe.moved_columns(self.observer, number), matrix.rule)
+
+    def _pair(self, number: int, start: Tensors, slope: Tensors) -> Pair:
+        demand = self.plan.demands[number]
+        matrix: Any = demand.matrix
+        steps = {n: p.detach() - start[n] for n, p in demand.params.items()}
+        if matrix.second_order:
+            product = self._product(number)({n: s.unsqueeze(0) for n, s in steps.items()})
+            return Pair(steps, {n: h.squeeze(0) for n, h in product.items()}, matrix.rule)
+        moved = self._over_ranks(observe.moved_slope(self.observer, demand.params), observe.weight(self.observer))
+        return Pair(steps, {n: g - slope[n] for n, g in moved.items()}, matrix.rule)
+
+    def slope(self, names: Mapping[str, nn.Parameter], check: bool) -> Tensors:
+        """The gradient of the step's criterion calls over all ranks, whatever the loop did to p.grad since; check: compare it with a replay."""
+        caught = observe.slope(self.observer, names)
+        if check:
+            observe.check_slope(caught, observe.moved_slope(self.observer, names))
+        return self._over_ranks(caught, observe.weight(self.observer))
+
+    def _over_ranks(self, local: Tensors, weight: Tensor) -> Tensors:
+        factor = self._factor(weight)
+        return dict(zip(local, self.group.sum([v * factor.to(v.dtype) for v in local.values()]), strict=True))
+
     def _sampled(self, number: int) -> Gradient:
-        """sqrt(N) g at drawn labels over all ranks, N = sum c_i / sum c_i^2 with c_i the weights of the terms."""
-        values, first, second, weight = observe.sampled_gradient(self.observer, number)
-        share = self._factor(weight)
-        summed = self.group.sum([first * share, second * share.square(), *(v * share.to(v.dtype) for v in values.values())])
-        root = (summed[0] / summed[1]).sqrt()
-        return Gradient(dict(zip(values, (v * root.to(v.dtype) for v in summed[2:]), strict=True)))
+        """sqrt(N) g at drawn labels over all ranks."""
+        values, weights = observe.sampled_gradient(self.observer, number)
+        root, summed = self._root_of_terms(weights, list(values.values()))
+        return Gradient(dict(zip(values, (v * root.to(v.dtype) for v in summed), strict=True)))
+
+    def _per_term(self, gradients: Tensors) -> Tensors:
+        """sqrt(N) g of the step's own gradient, which is that of all ranks already."""
+        root, _ = self._root_of_terms(observe.term_weights(self.observer), [])
+        return {n: g * root.to(g.dtype) for n, g in gradients.items()}
+
+    def _root_of_terms(self, weights: TermWeights, local: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """sqrt(N) over all ranks, N = sum c_i / sum c_i^2 with c_i the weights of the terms; and the sums over ranks of `local`."""
+        share = self._factor(weights.total)
+        moments = [weights.first * share, weights.second * share.square()]
+        first, second, *summed = self.group.sum([*moments, *(v * share.to(v.dtype) for v in local)])
+        return (first / second).sqrt(), summed
+
+    def _chained(self, number: int) -> Factors:
+        """Moments of inputs by rank, those of outputs from sums over the ranks with good data: what is not linear in them comes after."""
+        matrix: Any = self.plan.demands[number].matrix
+        sums, count, weight = observe.chained(self.observer, number)
+        local = [count, sums.output, *sums.slopes.values()]
+        good = numerics.all_finite(local)
+        weight = torch.where(good, weight, 0.0)
+        share = weight / self.group.sum([weight])[0]  # NaN where no rank has any, and so is all that is made of it
+        count, output, *slopes = self.group.sum([torch.where(good, v, torch.zeros_like(v)) * share.to(v.dtype) for v in local])
+        means = {name: v / count.to(v.dtype) for name, v in zip(sums.slopes, slopes, strict=True)}
+        with numerics.full_precision(output.device.type):
+            outputs = matrix.output_moments(sums.links, output, means)
+        return replace(observe.factors(self.observer, number), outputs=outputs)
 
     def _product(self, number: int) -> Product:
         demand, tensors = self.plan.demands[number], self.plan.partition.tensors
@@ -72,7 +156,7 @@ class Assembly:
         factor = self._factor(product.weight)
 
         def over_ranks(local: Tensors) -> Tensors:
-            return dict(zip(local, self.group.sum([v * factor.to(v.dtype) for v in local.values()]), strict=True))
+            return self._over_ranks(local, product.weight)
 
         if not matrix.centred:
             return Product(product.local, product.weight, lambda vectors: over_ranks(product.local(vectors)))
@@ -92,12 +176,14 @@ class Assembly:
             return weight / (self.amp_scale * self.group.size)
         return weight / self.group.sum([weight])[0]
 
-    def merge(self, blocks: Sequence[BlockState], observations: Sequence[Observation | Measured], stage: str) -> list[Tensor]:
+    def merge(self, blocks: Sequence[BlockState], observations: Observations, stage: str) -> list[Tensor]:
         """Measure one stage of every block, sum over ranks by kind, and merge; returns a valid flag for each block."""
-        chosen = [b for b in blocks if stage in b.plan.repr.stages and _observed(b, observations[b.plan.demand])]
+        chosen = [b for b in blocks if stage in (*b.plan.repr.stages, *b.plan.repr.after) and _observed(b, observations[b.plan.demand])]
         if not chosen:
             return []
         with numerics.full_precision(_device(chosen[0]).type):
+            for block in chosen:
+                block.prepare(stage)
             measured = [_measure(b, stage, observations[b.plan.demand]) for b in chosen]
         flags = [finite(new, _device(block)) for block, new in zip(chosen, measured, strict=True)]
         valid = self._reduce(chosen, observations, measured, flags)
@@ -106,7 +192,7 @@ class Assembly:
         return valid
 
     def _reduce(
-        self, blocks: Sequence[BlockState], observations: Sequence[Observation | Measured], measured: list[dict[str, Any]], flags: list[Tensor]
+        self, blocks: Sequence[BlockState], observations: Observations, measured: list[dict[str, Any]], flags: list[Tensor]
     ) -> list[Tensor]:
         """Weighted means over ranks in place; a rank with bad data contributes weight zero. Gradients are already reduced."""
         entries: list[tuple[int, str]] = []
@@ -115,10 +201,10 @@ class Assembly:
         for i, (block, new, flag) in enumerate(zip(blocks, measured, flags, strict=True)):
             observation = observations[block.plan.demand]
             weight = torch.where(flag, observation.weight.to(flag.device), 0.0)
-            shared = not isinstance(observation, Gradient)
+            shared = not isinstance(observation, (Gradient, Pair, Slope))
             weights.append(weight if shared else weight / self.group.size)
             for name, value in new.items():
-                if block.spec[name].kind == "mean" and shared and self.group.several:
+                if block.spec[name].kind in ("mean", "state") and shared and self.group.several:
                     entries.append((i, name))
                     tensors.append(torch.where(flag, value, torch.zeros_like(value)) * weight.to(value.dtype))
         sums = self.group.sum([*weights, *tensors])
@@ -128,7 +214,7 @@ class Assembly:
             measured[i][name] = value / torch.where(total == 0, torch.ones_like(total), total)
         if self.given:
             for block, new, total in zip(blocks, measured, totals, strict=True):
-                if isinstance(observations[block.plan.demand], (Columns, Measured, Product)):  # moments of inputs have degree 0
+                if _depends_on_loss(observations[block.plan.demand]):
                     self._scale_given(block, new, total / (self.amp_scale * self.group.size))
         return [total > 0 if self.group.several else flag for total, flag in zip(totals, flags, strict=True)]
 
@@ -139,12 +225,11 @@ class Assembly:
                 new[name] = new[name] * (total**stat.degree).to(new[name].dtype)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Columns that were reduced in the loss hook: statistics by block."""
-
-    blocks: Mapping[str, dict[str, Tensor]]
-    weight: Tensor
+def _depends_on_loss(observation: Observation | Measured) -> bool:
+    """Moments of inputs alone do not, and the weights of the loss are in the gradient of the step already."""
+    if isinstance(observation, Factors):
+        return observation.outputs is not None
+    return isinstance(observation, (Columns, Measured, Moved, Product))
 
 
 def _observed(block: BlockState, observation: Observation | Measured) -> bool:

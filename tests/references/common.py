@@ -47,6 +47,10 @@ def _conv() -> nn.Module:
     )  # fmt: skip
 
 
+def _square() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+
+
 def _classes(*shape: int) -> Callable[[int], Batch]:
     return lambda step: (nets.normal(*shape, seed=10 + step), nets.labels(3, shape[0], seed=50 + step))
 
@@ -56,6 +60,10 @@ NETWORKS = {
     "conv": Network(lambda: nets.seeded(_conv), nn.CrossEntropyLoss(), _classes(5, 2, 4, 4)),
     "linear": Network(
         lambda: nets.seeded(lambda: nn.Linear(3, 2)), nn.MSELoss(), lambda t: (nets.normal(12, 3, seed=10 + t), nets.normal(12, 2, seed=50 + t))
+    ),
+    # every gradient has full rank, so that no second moment of one has a null space
+    "square": Network(
+        lambda: nets.seeded(_square), nn.MSELoss(), lambda t: (nets.normal(8, 3, seed=10 + t), nets.normal(8, 3, seed=50 + t))
     ),
 }
 

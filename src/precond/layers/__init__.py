@@ -1,18 +1,13 @@
-"""One file a layer family, and the generic rule for every other module."""
+"""How layers are seen: one file a family, the generic rule for every other module, and `register` for a rule of your own.
+
+A rule turns one call of a layer, its input a and the columns g at its output, into gradients by example.
+"""
 
 from __future__ import annotations
 
-from torch import nn
-
-from precond.layers import conv, embedding, linear, norm  # noqa: F401  (their decorators register the rules)
-from precond.layers.base import ROW_LAYOUTS, OneHot, Rows, Rule, check_examples, find_rule, rule_for
+from precond.layers import activation, attention, conv, embedding, linear, norm  # noqa: F401  (their decorators register the rules)
+from precond.layers.base import ROW_LAYOUTS, OneHot, Piece, Ragged, Rows, Rule
 from precond.layers.generic import Generic
+from precond.layers.registration import GENERIC, register, resolve_rule
 
-__all__ = ["GENERIC", "ROW_LAYOUTS", "Generic", "OneHot", "Rows", "Rule", "check_examples", "resolve_rule", "rule_for"]
-
-GENERIC = Generic()
-
-
-def resolve_rule(module: nn.Module) -> Rule:
-    """The rule of a module: its family's, else the generic one."""
-    return find_rule(module) or GENERIC
+__all__ = ["GENERIC", "ROW_LAYOUTS", "Generic", "OneHot", "Piece", "Ragged", "Rows", "Rule", "register", "resolve_rule"]

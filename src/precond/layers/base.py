@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,16 +26,32 @@ class OneHot:
 
 
 @dataclass(frozen=True)
+class Ragged:
+    """Rows of groups that have different numbers of them, filled up with zeros: a (G, N, R, in); `mask` (G, N, R) is 1 for a row, else 0."""
+
+    a: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
 class Rows:
     """The normal form of a layer whose gradient is a matrix product: dW = sum over rows of g a^T, in each of G groups.
 
-    a: (G, N, R, in), or OneHot; without the homogeneous 1. g: (K, G, N, R, out). N examples with R shared positions.
-    `input_first`: the weight is stored (in, out), so that its rows are inputs (Embedding).
+    a: (G, N, R, in), without the homogeneous 1; or OneHot, or Ragged. g: (K, G, N, R, out). N examples with R shared positions.
+    `input_first`: the weight is stored (in, out), so that its rows are inputs.
     """
 
-    a: Tensor | OneHot
+    a: Tensor | OneHot | Ragged
     g: Tensor
     input_first: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a module that is a layer of its own in all but its hook: its rule, and the module's name of its 'weight' and 'bias'."""
+
+    rule: Rule
+    parameters: Mapping[str, str]
 
 
 class Rule(ABC):
@@ -43,18 +59,22 @@ class Rule(ABC):
 
     `joint`: row o of the weight and entry o of the bias belong to one output unit, so [W, b] is one matrix.
     `elementwise`: weight and bias scale and shift single coordinates (normalisation layers); a unit is a 2 x 2 block.
+    `linear`: it has the normal form `Rows`. `input_first`: its weight is stored (in, out). `one_hot`: its inputs are unit vectors.
+    `packed`: its groups are several matrices in one tensor, which may read the same input.
     """
 
-    modules: ClassVar[tuple[type[nn.Module], ...]] = ()
     joint: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
     linear: ClassVar[bool] = False
+    input_first: ClassVar[bool] = False
+    one_hot: ClassVar[bool] = False
+    packed: ClassVar[bool] = False
 
     @abstractmethod
     def gradients(self, seen: LayerColumns, names: Sequence[str], examples: slice) -> Tensors:
         """Gradients of the layer's parameters `names` by column and example: (K, n, *param.shape) for the n examples."""
 
-    def inputs(self, seen: LayerColumns) -> Tensor | OneHot:
+    def inputs(self, seen: LayerColumns) -> Tensor | OneHot | Ragged:
         """A of the normal form, (G, N, R, in); only where `linear` is True."""
         raise NotImplementedError(f"the rule {type(self).__name__} is not linear.")
 
@@ -64,39 +84,42 @@ class Rule(ABC):
 
     def rows(self, seen: LayerColumns) -> Rows:
         """The normal form; only where `linear` is True."""
-        return Rows(self.inputs(seen), self.outputs(seen), input_first=not self.joint)
+        return Rows(self.inputs(seen), self.outputs(seen), input_first=self.input_first)
 
     def total(self, seen: LayerColumns, names: Sequence[str]) -> Tensors:
         """The gradient summed over examples and columns."""
         return {n: g.sum((0, 1)) for n, g in self.gradients(seen, names, slice(None)).items()}
 
+    def groups(self, module: nn.Module) -> int:
+        """G of the normal form."""
+        return 1
+
+    def pieces(self, module: nn.Module) -> Mapping[str, Piece]:
+        """The matrices that a module of several holds, by name; none: the module is one."""
+        return {}
+
+    def knows(self, module: nn.Module) -> bool:
+        """Whether the module's own parameters are those of the family: another one (`weight_norm`'s) is not in its formula."""
+        return set(module._parameters) <= {"weight", "bias"}
+
+    def leading(self, seen: LayerColumns) -> int:
+        """How many examples the call's input holds by its shape: the leading dimension, 1 for a single vector."""
+        x = seen.input
+        return x.shape[0] if x.dim() > 1 or (not x.is_floating_point() and x.dim()) else 1
+
+    def check(self, seen: LayerColumns) -> None:
+        """Refuse per-example quantities of a layer whose leading dimension is not the batch: they would be silently wrong."""
+        leading = self.leading(seen)
+        if seen.rows is None and leading != seen.batch:
+            raise ObservationError(
+                f"layer {seen.name!r} has {leading} leading rows for a batch of {seen.batch} examples, so its rows cannot be told apart by "
+                f"example. Say how it enumerates them, rows={{{seen.name!r}: 'flattened'}} (batch and positions flattened together) or 'second' "
+                "(the batch is the second dimension), or use a representation that needs no examples: 'kron_io' with sharing='expand'."
+            )
+
     def refuse(self, module: nn.Module) -> str | None:
         """Why the rule would be silently wrong for this module, or None."""
         return None
-
-
-_RULES: dict[type[nn.Module], Rule] = {}
-
-
-def rule_for(*modules: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
-    """Class decorator: use the rule for these module classes (and subclasses that keep their `forward`)."""
-
-    def decorate(cls: type[Rule]) -> type[Rule]:
-        cls.modules = modules
-        rule = cls()
-        for module in modules:
-            _RULES[module] = rule
-        return cls
-
-    return decorate
-
-
-def find_rule(module: nn.Module) -> Rule | None:
-    """The rule of the nearest known base class whose `forward` the module still runs; None: the generic rule."""
-    for base in type(module).__mro__:
-        if base in _RULES:
-            return _RULES[base] if getattr(type(module), "forward", None) is getattr(base, "forward", None) else None
-    return None
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -119,18 +142,40 @@ def layer_input(seen: LayerColumns) -> Tensor:
     return arrange(wide(seen.input), seen)
 
 
-def layer_grad(seen: LayerColumns) -> Tensor:
-    """The columns at the layer's output, (K, N, ...), in at least float32."""
+def output_grad(seen: LayerColumns) -> Tensor:
+    """The columns at the layer's output as they came, (K, *output.shape), in at least float32."""
     grad = seen.grad
     assert grad is not None, "calls without columns are dropped when an observation is assembled"
-    return arrange(wide(grad), seen, columns=1)
+    return wide(grad)
 
 
-def check_examples(seen: LayerColumns, leading: int) -> None:
-    """Refuse per-example quantities of a layer whose leading dimension is not the batch: they would be silently wrong."""
-    if leading != seen.batch:
+def layer_grad(seen: LayerColumns) -> Tensor:
+    """The columns at the layer's output, (K, N, ...), in at least float32."""
+    return arrange(output_grad(seen), seen, columns=1)
+
+
+def channel_input(seen: LayerColumns, dims: Sequence[int]) -> Tensor:
+    """The input (M, C, *spatial) of a layer with channels second, as it came, in at least float32; refused where M or C is not there."""
+    x = seen.input
+    if x.dim() not in dims:
+        kind = " or ".join(f"{d}-dimensional" for d in dims)
         raise ObservationError(
-            f"layer {seen.name!r} has {leading} leading rows for a batch of {seen.batch} examples, so its rows cannot be told apart by example. "
-            f"Say how it enumerates them, rows={{{seen.name!r}: 'flattened'}} (batch and positions flattened together) or 'second' (the batch "
-            "is the second dimension), or use a representation that needs no examples: 'kron_io' with sharing='expand'."
+            f"layer {seen.name!r} ({type(seen.module).__name__}) takes a {x.dim()}-dimensional input, without a batch in front: "
+            f"give it a {kind} one (unsqueeze(0) for a single example), or leave it out with overrides={{{seen.name!r}: None}}."
         )
+    if seen.rows == "second":
+        raise ObservationError(
+            f"rows={{{seen.name!r}: 'second'}}: the second dimension of a {type(seen.module).__name__}'s input holds channels, not examples."
+        )
+    return wide(x)
+
+
+def channel_rows(product: Tensor, seen: LayerColumns) -> Tensor:
+    """(K, M, C, *spatial) summed over positions, (K, N, C)."""
+    rows = product.reshape(*product.shape[:3], -1).sum(-1)
+    return arrange(rows, seen, 1).sum(2) if seen.rows == "flattened" else rows
+
+
+def example_rows(rows: Tensor, seen: LayerColumns, columns: int) -> Tensor:
+    """Rows (..., M, R, width) with `columns` dimensions before M to (..., N, M / N * R, width), where M enumerates examples and positions."""
+    return arrange(rows, seen, columns).flatten(columns + 1, columns + 2) if seen.rows == "flattened" else rows

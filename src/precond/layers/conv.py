@@ -1,16 +1,21 @@
-"""`nn.Conv2d`, with groups, stride, dilation and every padding mode."""
+"""Convolutions and transposed convolutions of one to three dimensions, with groups, stride, dilation and every padding."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from precond.layers.base import layer_grad, layer_input, rule_for
+from precond.layers.base import channel_input, channel_rows, output_grad, example_rows
 from precond.layers.linear import LinearRule
+from precond.layers.registration import register
 from precond.observe import LayerColumns
 
 
-def pad_input(x: Tensor, module: nn.Conv2d) -> Tensor:
+def pad_input(x: Tensor, module: _ConvNd) -> Tensor:
     """The input as the kernel reads it: padding is applied before patches are cut."""
     if isinstance(module.padding, str):
         total = [d * (k - 1) if module.padding == "same" else 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
@@ -18,20 +23,83 @@ def pad_input(x: Tensor, module: nn.Conv2d) -> Tensor:
     else:
         sides = [(p, p) for p in module.padding]
     flat = [side for pair in reversed(sides) for side in pair]
-    return F.pad(x, flat, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    return F.pad(x, flat, mode="constant" if module.padding_mode == "zeros" else module.padding_mode) if any(flat) else x
 
 
-@rule_for(nn.Conv2d)
-class Conv2d(LinearRule):
+def windows(x: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """(..., C, *spatial) -> (..., C, *places, *kernel): what a kernel reads at each place, as a view."""
+    first = x.dim() - len(kernel)
+    for i, (k, d, s) in enumerate(zip(kernel, dilation, stride, strict=True)):
+        x = x.unfold(first + i, d * (k - 1) + 1, s)[..., ::d]
+    return x
+
+
+def grouped(patches: Tensor, groups: int, spatial: int, *, kernel: bool) -> Tensor:
+    """(..., M, C, *places[, *kernel]) -> (..., G, M, R, C / G * prod(kernel))."""
+    split = patches.unflatten(-(1 + spatial * (1 + kernel)), (groups, -1))
+    lead = split.dim() - (3 + spatial * (1 + kernel))
+    m, g, c = lead, lead + 1, lead + 2
+    places = range(c + 1, c + 1 + spatial)
+    order = (*range(lead), g, m, *places, c, *range(c + 1 + spatial, split.dim()))
+    rows = split.permute(order)
+    made: Tensor = rows.reshape(*rows.shape[: lead + 2], math.prod(rows.shape[lead + 2 : lead + 2 + spatial]), -1)
+    return made
+
+
+def _module(seen: LayerColumns) -> tuple[_ConvNd, int]:
+    module = seen.module
+    assert isinstance(module, _ConvNd)
+    return module, len(module.kernel_size)
+
+
+class AnyConvolution(LinearRule):
+    """What both directions share."""
+
+    def groups(self, module: nn.Module) -> int:
+        assert isinstance(module, _ConvNd)
+        return module.groups
+
+    def leading(self, seen: LayerColumns) -> int:
+        return channel_input(seen, (_module(seen)[1] + 2,)).shape[0]
+
+
+@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class Convolution(AnyConvolution):
     """A Linear layer on patches: a_ir is the patch that output position r reads, of length in / groups * prod(kernel)."""
 
     def inputs(self, seen: LayerColumns) -> Tensor:
-        module, x = seen.module, layer_input(seen)
-        assert isinstance(module, nn.Conv2d)
-        patches = F.unfold(pad_input(x, module), module.kernel_size, dilation=module.dilation, stride=module.stride)
-        return patches.reshape(x.shape[0], module.groups, -1, patches.shape[-1]).permute(1, 0, 3, 2)
+        module, spatial = _module(seen)
+        x = pad_input(channel_input(seen, (spatial + 2,)), module)
+        patches = windows(x, module.kernel_size, module.dilation, module.stride)
+        return example_rows(grouped(patches, module.groups, spatial, kernel=True), seen, 1)
 
     def outputs(self, seen: LayerColumns) -> Tensor:
-        module, g = seen.module, layer_grad(seen)
-        assert isinstance(module, nn.Conv2d)
-        return g.reshape(*g.shape[:2], module.groups, module.out_channels // module.groups, -1).permute(0, 2, 1, 4, 3)
+        module, spatial = _module(seen)
+        return example_rows(grouped(output_grad(seen), module.groups, spatial, kernel=False), seen, 2)
+
+
+@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+class TransposedConvolution(AnyConvolution):
+    """Roles exchanged: a_ir is the input at position r, and g_ir the patch of the output's gradient that the kernel wrote from there.
+
+    The weight is stored (in, out / groups, *kernel). The bias is no homogeneous coordinate: it is added once to each output position.
+    """
+
+    joint = False
+    input_first = True
+
+    def inputs(self, seen: LayerColumns) -> Tensor:
+        module, spatial = _module(seen)
+        return example_rows(grouped(channel_input(seen, (spatial + 2,)), module.groups, spatial, kernel=False), seen, 1)
+
+    def outputs(self, seen: LayerColumns) -> Tensor:
+        module, spatial = _module(seen)
+        assert not isinstance(module.padding, str)
+        g = F.pad(output_grad(seen), [side for p in reversed(module.padding) for side in (p, p)])
+        patches = windows(g, module.kernel_size, module.dilation, module.stride)
+        for i, size in enumerate(seen.input.shape[-spatial:]):  # output padding may leave room for a place that no input stands behind
+            patches = patches.narrow(patches.dim() - 2 * spatial + i, 0, size)
+        return example_rows(grouped(patches, module.groups, spatial, kernel=True), seen, 2)
+
+    def bias(self, seen: LayerColumns) -> Tensor:
+        return channel_rows(output_grad(seen), seen)

@@ -1,21 +1,35 @@
-"""`nn.Embedding`: a Linear layer on one-hot rows, whose weight is stored input first."""
+"""`nn.Embedding`: a Linear layer on one-hot rows, whose weight is stored input first; `nn.EmbeddingBag`: on their sum, mean or maximum."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from precond.layers.base import OneHot, Rule, arrange, layer_grad, rule_for
+from precond.layers.base import OneHot, Rule, arrange, layer_grad, output_grad, wide
+from precond.layers.registration import register
 from precond.observe import LayerColumns, Tensors
 
 
-@rule_for(nn.Embedding)
+def _refused(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq=True divides the gradient by counts of the batch, which no curvature models"
+    if module.sparse:
+        return "sparse=True gives sparse gradients: use sparse=False"
+    if module.max_norm is not None:
+        return "max_norm rewrites the weight inside the forward pass"
+    return None
+
+
+@register(nn.Embedding)
 class Embedding(Rule):
     """Rows of `padding_idx` receive no gradient and count nowhere."""
 
     linear = True
+    input_first = True
+    one_hot = True
 
     def inputs(self, seen: LayerColumns) -> OneHot:
         module, index = seen.module, arrange(seen.input, seen)
@@ -29,29 +43,84 @@ class Embedding(Rule):
         return g.reshape(g.shape[0], 1, *hot.index.shape, -1) * hot.mask[..., None]
 
     def gradients(self, seen: LayerColumns, names: Sequence[str], examples: slice) -> Tensors:
-        rows = self.rows(seen)
-        assert isinstance(rows.a, OneHot)
-        index, g = rows.a.index[examples], rows.g[:, 0, examples]
-        columns, count, _, width = g.shape
-        # one scatter into (K * n) tables stacked on top of each other
-        offset = torch.arange(columns * count, device=index.device).view(columns, count, 1) * rows.a.size
-        table = g.new_zeros(columns * count * rows.a.size, width)
-        table.index_add_(0, (offset + index).reshape(-1), g.reshape(-1, width))
-        return {"weight": table.view(columns, count, rows.a.size, width)}
+        hot = self.inputs(seen)
+        return {"weight": _scatter(hot.index[examples], self.outputs(seen)[:, 0, examples], hot.size)}
 
     def total(self, seen: LayerColumns, names: Sequence[str]) -> Tensors:
-        rows = self.rows(seen)
-        assert isinstance(rows.a, OneHot)
-        width = rows.g.shape[-1]
-        table = rows.g.new_zeros(rows.a.size, width)
-        return {"weight": table.index_add_(0, rows.a.index.reshape(-1), rows.g.sum((0, 1)).reshape(-1, width))}
+        hot, g = self.inputs(seen), self.outputs(seen)
+        table = g.new_zeros(hot.size, g.shape[-1])
+        return {"weight": table.index_add_(0, hot.index.reshape(-1), g.sum((0, 1)).reshape(-1, g.shape[-1]))}
 
     def refuse(self, module: nn.Module) -> str | None:
         assert isinstance(module, nn.Embedding)
-        if module.scale_grad_by_freq:
-            return "scale_grad_by_freq=True divides the gradient by counts of the batch, which no curvature models"
-        if module.sparse:
-            return "sparse=True gives sparse gradients: use sparse=False"
-        if module.max_norm is not None:
-            return "max_norm rewrites the weight inside the forward pass"
-        return None
+        return _refused(module)
+
+
+def _scatter(index: Tensor, g: Tensor, size: int) -> Tensor:
+    """Indices (n, R) and rows (K, n, R, width) -> tables (K, n, size, width): row v is the sum of the rows whose index is v."""
+    columns, count, _, width = g.shape
+    # one scatter into (K * n) tables stacked on top of each other
+    offset = torch.arange(columns * count, device=index.device).view(columns, count, 1) * size
+    table = g.new_zeros(columns * count * size, width)
+    table.index_add_(0, (offset + index).reshape(-1), g.reshape(-1, width))
+    return table.view(columns, count, size, width)
+
+
+@register(nn.EmbeddingBag)
+class EmbeddingBag(Rule):
+    """Row v of example i has the sum over entries v of its bags of c g, c = 1, 1 / entries of the bag, or the entry's weight.
+
+    Of a maximum each coordinate belongs to its largest entry. A bag is no unit vector and has no diagonal factor, so that `kron_io`
+    takes its fallback. Entries of `padding_idx` are in no bag.
+    """
+
+    def leading(self, seen: LayerColumns) -> int:
+        return output_grad(seen).shape[1]
+
+    def gradients(self, seen: LayerColumns, names: Sequence[str], examples: slice) -> Tensors:
+        module, g = seen.module, output_grad(seen)
+        assert isinstance(module, nn.EmbeddingBag)
+        start, stop, _ = examples.indices(seen.batch)
+        index, owner, share = _entries(module, seen, g)
+        example = owner // (g.shape[1] // seen.batch)
+        chosen = (example >= start) & (example < stop)
+        index, owner, share, example = index[chosen], owner[chosen], share[chosen], example[chosen] - start
+        tables = g.new_zeros(g.shape[0], stop - start, module.num_embeddings, g.shape[2])
+        tables.flatten(1, 2).index_add_(1, example * module.num_embeddings + index, g[:, owner] * share)
+        return {"weight": tables}
+
+    def refuse(self, module: nn.Module) -> str | None:
+        assert isinstance(module, nn.EmbeddingBag)
+        return _refused(module)
+
+
+def _entries(module: nn.EmbeddingBag, seen: LayerColumns, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(index (E,), bag (E,), share (E, 1 or width)) of every entry of every bag: what of the bag's output it is the source of."""
+    given: dict[str, Any] = dict(zip(("input", "offsets", "per_sample_weights"), seen.args, strict=False)) | dict(seen.kwargs)
+    index, weights = given["input"], given.get("per_sample_weights")
+    if index.dim() == 2:
+        owner = torch.arange(len(index), device=index.device).repeat_interleave(index.shape[1])
+    else:
+        starts = given["offsets"][:-1] if module.include_last_offset else given["offsets"]
+        places = torch.arange(len(index), device=index.device, dtype=starts.dtype)
+        owner = torch.searchsorted(starts, places, right=True) - 1
+    index = index.reshape(-1)
+    kept = torch.ones_like(index, dtype=torch.bool) if module.padding_idx is None else index != module.padding_idx
+    index, owner = index[kept], owner[kept]
+    if module.mode == "max":
+        return index, owner, _largest(module, index, owner, g)
+    share = g.new_ones(len(index)) if weights is None else wide(weights).reshape(-1)[kept]
+    if module.mode == "mean":
+        share = share / torch.bincount(owner, minlength=g.shape[1])[owner]
+    return index, owner, share.unsqueeze(1)
+
+
+def _largest(module: nn.EmbeddingBag, index: Tensor, owner: Tensor, g: Tensor) -> Tensor:
+    """(E, width): 1 at the first largest entry of each bag, as torch chooses it."""
+    rows = wide(module.weight.detach())[index]
+    bag = owner[:, None].expand_as(rows)
+    top = rows.new_full((g.shape[1], rows.shape[1]), -torch.inf).scatter_reduce(0, bag, rows, "amax")
+    place = torch.arange(len(index), device=index.device)[:, None].expand_as(rows)
+    among = torch.where(rows == top[owner], place, len(index))
+    first = torch.full_like(top, len(index), dtype=torch.long).scatter_reduce(0, bag, among, "amin")
+    return (place == first[owner]).to(g.dtype)

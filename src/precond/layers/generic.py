@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from precond.errors import ObservationError
 from precond.layers.base import Rule
@@ -58,7 +62,14 @@ def output_dims(module: nn.Module, grads: Sequence[Tensor | None], batch: int) -
 
 
 class Generic(Rule):
-    """Runs the module again for one example at a time, under vmap where its operations allow it, else in a loop."""
+    """Runs the module again for one example at a time, under vmap where its operations allow it, else in a loop.
+
+    So it is right for a weight that is made from other tensors, by `parametrize` or the old hooks of `weight_norm` and `spectral_norm`:
+    its parameters are those tensors.
+    """
+
+    def check(self, seen: LayerColumns) -> None:
+        """What enumerates examples is found argument by argument, in `gradients`."""
 
     def refuse(self, module: nn.Module) -> str | None:
         for name, inner in module.named_modules():
@@ -67,6 +78,8 @@ class Generic(Rule):
                 return f"its dropout ({name or type(inner).__name__}, rate {rate}) would draw other masks when the module is run again by example"
             if isinstance(inner, nn.modules.batchnorm._BatchNorm) and (inner.training or inner.running_mean is None):
                 return f"its {type(inner).__name__} {name!r} normalises by the batch, which mixes the examples that are to be run one by one"
+            if not _runs_alone(inner):
+                return f"its {type(inner).__name__} {name!r} rewrites its weight or divides its gradient by counts of the batch"
         return None
 
     def gradients(self, seen: LayerColumns, names: Sequence[str], examples: slice) -> Tensors:
@@ -75,6 +88,11 @@ class Generic(Rule):
         if reason is not None:
             raise ObservationError(f"layer {seen.name!r} ({type(module).__name__}) has no gradient by example: {reason}.")
         named = _named(seen)
+        if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and seen.input.dim() != 3:
+            raise ObservationError(
+                f"layer {seen.name!r} ({type(module).__name__}) takes packed sequences or a single one without a batch: give it a 3-dimensional "
+                f"tensor (pad, or unsqueeze), or leave it out with overrides={{{seen.name!r}: None}}."
+            )
         dims = {n: example_dim(module, n, a, batch) for n, a in named.items() if isinstance(a, Tensor)}
         nested = [t for n, a in named.items() if n not in dims for t in tensors_in(a)]
         mapped = {n: named[n].movedim(d, 0)[examples] for n, d in dims.items() if d is not None}
@@ -87,8 +105,33 @@ class Generic(Rule):
         out_dims = output_dims(module, seen.grads, batch)
         columns = [seen.grads[i].movedim(out_dims[i], 1)[:, examples] for i in used]  # type: ignore[union-attr]
         pull = _pullback(seen, names, dims, named, used)
-        with own_pass(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            return _over_examples(pull, mapped, columns)
+        with own_pass(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _still(module):
+            return _over_examples(pull, mapped, columns, {n: module.get_parameter(n).shape for n in names})
+
+
+def _runs_alone(module: nn.Module) -> bool:
+    """Whether an embedding inside gives the same gradient when it is run by example."""
+    if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return True
+    return not (module.scale_grad_by_freq or module.sparse or module.max_norm is not None)
+
+
+@contextlib.contextmanager
+def _still(module: nn.Module) -> Iterator[None]:
+    """Run it as in the call: no power iteration of a spectral norm goes on, and a weight that an old hook left on a module is put back."""
+    made = [m for p in module.modules() if isinstance(p, parametrize.ParametrizationList) for m in p.modules()]
+    hooked = [(m, hook.name) for m in module.modules() for hook in m._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm))]
+    modes = [(m, m.training) for m in (*made, *(m for m, _ in hooked))]
+    weights = [(m, name, m.__dict__.get(name)) for m, name in hooked]
+    for m, _ in modes:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for m, name, weight in weights:
+            m.__dict__[name] = weight
 
 
 Pull = Callable[[Tensors, list[Tensor]], Tensors]
@@ -120,13 +163,14 @@ def _pullback(seen: LayerColumns, names: Sequence[str], dims: dict[str, int | No
     return pull
 
 
-def _over_examples(pull: Pull, mapped: Tensors, columns: list[Tensor]) -> Tensors:
+def _over_examples(pull: Pull, mapped: Tensors, columns: list[Tensor], shapes: Mapping[str, torch.Size]) -> Tensors:
     """Vmap over columns and examples; a module that cannot be vmapped is looped over."""
     count, examples = columns[0].shape[:2]
     try:
         by_column = torch.func.vmap(lambda e, c: pull(e, c), in_dims=(None, 0))
         out: Tensors = torch.func.vmap(by_column, in_dims=(0, 1), out_dims=1)(mapped, columns)
-        return out
+        if all(g.shape == (count, examples, *shapes[n]) for n, g in out.items()):  # some of torch's batching rules broadcast what they should not
+            return out
     except (RuntimeError, ValueError) as error:
         if "out of memory" in str(error):
             raise

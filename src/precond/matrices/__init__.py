@@ -4,10 +4,12 @@ from precond.matrices.abs_hessian import AbsHessian
 from precond.matrices.base import REGISTRY, Matrix
 from precond.matrices.batched_empirical_fisher import BatchedEmpiricalFisher
 from precond.matrices.batched_fisher_mc import BatchedFisherMC
+from precond.matrices.bfgs_hessian import BFGSHessian
 from precond.matrices.empirical_fisher import EmpiricalFisher
 from precond.matrices.fisher import Fisher
 from precond.matrices.fisher_mc import FisherMC
 from precond.matrices.ggn import GGN
+from precond.matrices.ggn_recursive import GGNRecursive
 from precond.matrices.gradient_covariance import GradientCovariance
 from precond.matrices.hessian import Hessian
 from precond.matrices.input_second_moment import InputSecondMoment
@@ -17,6 +19,6 @@ get = REGISTRY.get
 register = REGISTRY.register
 
 __all__ = [
-    "GGN", "REGISTRY", "AbsHessian", "BatchedEmpiricalFisher", "BatchedFisherMC", "EmpiricalFisher", "Fisher", "FisherMC",
-    "GradientCovariance", "Hessian", "InputSecondMoment", "Matrix", "get", "names", "register",
+    "GGN", "REGISTRY", "AbsHessian", "BFGSHessian", "BatchedEmpiricalFisher", "BatchedFisherMC", "EmpiricalFisher", "Fisher", "FisherMC",
+    "GGNRecursive", "GradientCovariance", "Hessian", "InputSecondMoment", "Matrix", "get", "names", "register",
 ]  # fmt: skip

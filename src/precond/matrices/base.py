@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from precond.observe import Context, Kind
+from precond.observe import Context, Kind, Link, Tensors
 from precond.operators import Operator
 from precond.registry import Registry
 
@@ -24,12 +24,21 @@ class Matrix(ABC):
     """
 
     name: ClassVar[str]
-    supplies: ClassVar[tuple[Kind, ...]]
     definite: ClassVar[bool] = True
     needs: ClassVar[str]
 
     @property
+    @abstractmethod
+    def supplies(self) -> tuple[Kind, ...]:
+        """The kinds of observation it can give; a class attribute for most."""
+
+    @property
     def true_gradient(self) -> bool:
+        return False
+
+    @property
+    def needs_trajectory(self) -> bool:
+        """It has no value from one batch: it is made from pairs along the optimizer's path."""
         return False
 
     @property
@@ -47,6 +56,27 @@ class Matrix(ABC):
         """Its gradient is taken at labels drawn from the model, not at those of the step."""
         return False
 
+    @property
+    def counts_terms(self) -> bool:
+        """Its gradient is that of the step, multiplied by the root of the number of terms."""
+        return False
+
+    @property
+    def chained(self) -> bool:
+        """The moments of outputs follow from one another along a sequential model, by `output_moments`."""
+        return False
+
+    def refuse(self, model: nn.Module) -> str | None:
+        """Why there is no such matrix of a model, or None."""
+        return None
+
+    def output_moments(self, links: Sequence[Link], output: Tensor, slopes: Tensors) -> Tensors:
+        """The moment of the gradient at the output of every link, by name and (*out, *out), from averages over the examples of a step.
+
+        output: at the last link, scale folded in. slopes: E[phi' phi'^T] by element-wise link, (*shape, *shape).
+        """
+        raise NotImplementedError(f"{self.name} is not passed along a chain.")
+
     def finish(self, operator: Operator) -> Operator:
         """What is not linear in the average, applied to its operator; the identity for most."""
         return operator
@@ -54,7 +84,7 @@ class Matrix(ABC):
     @property
     def needs_criterion(self) -> bool:
         """Fed by more than the gradient of the step."""
-        return self.supplies != ("gradient",) or self.sampled
+        return self.supplies != ("gradient",) or self.sampled or self.counts_terms
 
     def cotangents(self, context: Context) -> Tensor:
         """(K, *output.shape), per term and unscaled: C = scale * sum_ik (J_i^T s_ik)(J_i^T s_ik)^T."""
@@ -77,4 +107,4 @@ class Matrix(ABC):
         return self.cotangents(context)
 
 
-REGISTRY: Registry[Matrix] = Registry("matrices", Matrix)
+REGISTRY: Registry[Matrix] = Registry("matrices", Matrix)  # type: ignore[type-abstract]

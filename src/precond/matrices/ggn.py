@@ -50,7 +50,7 @@ class GGN(Matrix):
             )
 
     def cotangents(self, context: Context) -> Tensor:
-        _refuse_indefinite(context)
+        refuse_indefinite(context, self.name)
         if self.estimator == "curvature_propagation":
             return _propagated(context, self.samples)
         return exact_columns(context.likelihood, context.output, context.target, context.batch)
@@ -59,13 +59,13 @@ class GGN(Matrix):
         if self.estimator == "curvature_propagation":
             yield from super().chunks(context, limit)
             return
-        _refuse_indefinite(context)
+        refuse_indefinite(context, self.name)
         yield from exact_column_chunks(context.likelihood, context.output, context.target, context.batch, limit)
 
     def frozen(self, context: Context) -> Tensor | None:
         if self.estimator == "curvature_propagation":
             return self.cotangents(context)
-        _refuse_indefinite(context)
+        refuse_indefinite(context, self.name)
         return None
 
     def output_product(self, context: Context, frozen: Tensor | None, vector: Tensor) -> Tensor:
@@ -89,9 +89,10 @@ def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return 2 * torch.randint(2, tuple(shape), generator=generator, device=generator.device) - 1
 
 
-def _refuse_indefinite(context: Context) -> None:
+def refuse_indefinite(context: Context, matrix: str) -> None:
+    """Raise where the Hessian of a loss in its output has a sign that the likelihood does not fix."""
     if not context.likelihood.natural:
         raise ObservationError(
-            f"the Hessian of the {context.likelihood.name!r} loss in its output depends on the target and can be indefinite, so there is no 'ggn' of "
+            f"the Hessian of the {context.likelihood.name!r} loss in its output depends on the target and can be indefinite, so there is no {matrix!r} of "
             "it: use the matrix 'fisher'."
         )

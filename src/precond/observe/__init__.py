@@ -1,24 +1,42 @@
 """Hooks and automatic differentiation: the only package that touches either."""
 
-from precond.observe.assemble import columns, factors, product, reduced, sampled_gradient
+from precond.observe.assemble import TermWeights, chained, columns, factors, product, reduced, sampled_gradient, term_weights
 from precond.observe.batch import differentiate_batch
+from precond.observe.chain import Link, why_no_chain
 from precond.observe.demand import Context, Demand
 from precond.observe.grouping import by_layer
 from precond.observe.guard import busy, own_pass
 from precond.observe.hooks import Handles, Hook
+from precond.observe.moved import check_slope, moved_columns, moved_slope, slope, weight
 from precond.observe.names import canonical
-from precond.observe.observation import Columns, Factors, Gradient, Kind, LayerColumns, Observation, Part, Product, Tensors
+from precond.observe.observation import (
+    Columns,
+    Factors,
+    Gradient,
+    Kind,
+    LayerColumns,
+    Moved,
+    Observation,
+    Pair,
+    Part,
+    Product,
+    Slope,
+    Tensors,
+)
 from precond.observe.observer import Observer
+from precond.observe.own_loss import LossReader, OwnLoss
 from precond.observe.passes import batched_grad, nested_columns
 from precond.observe.randomness import keyed_generator
 from precond.observe.records import CriterionCall, Forward
 from precond.observe.selfcheck import SelfCheck
-from precond.observe.trees import tensors_in
+from precond.observe.shared import SHARED
+from precond.observe.trees import field_of, tensors_in
 from precond.observe.truth import true_columns
 
 __all__ = [
-    "Columns", "Context", "CriterionCall", "Demand", "Factors", "Forward", "Gradient", "Handles", "Hook", "Kind", "LayerColumns",
-    "Observation", "Observer", "Part", "Product", "SelfCheck", "Tensors", "batched_grad", "busy", "by_layer", "canonical", "columns",
-    "differentiate_batch", "factors", "keyed_generator", "nested_columns", "own_pass", "product", "reduced", "sampled_gradient", "tensors_in",
-    "true_columns",
+    "SHARED", "Columns", "Context", "CriterionCall", "Demand", "Factors", "Forward", "Gradient", "Handles", "Hook", "Kind", "LayerColumns",
+    "Link", "LossReader", "Moved", "Observation", "Observer", "OwnLoss", "Pair", "Part", "Product", "SelfCheck", "Slope", "Tensors",
+    "TermWeights", "batched_grad", "busy", "by_layer", "canonical", "chained", "check_slope", "columns", "differentiate_batch", "factors",
+    "field_of", "keyed_generator", "moved_columns", "moved_slope", "nested_columns", "own_pass", "product", "reduced", "sampled_gradient",
+    "slope", "tensors_in", "term_weights", "true_columns", "weight", "why_no_chain",
 ]  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from precond.errors import ObservationError
+from precond.observe.chain import ChainSums
 from precond.observe.grouping import by_layer
 from precond.observe.observation import Columns, Factors, LayerColumns, Part, Product, Tensors
 from precond.observe.observer import Observer
@@ -66,20 +68,55 @@ def factors(observer: Observer, number: int) -> Factors:
     return Factors(tuple(made), total)
 
 
-def sampled_gradient(observer: Observer, number: int) -> tuple[Tensors, Tensor, Tensor, Tensor]:
-    """The mean gradient at drawn labels on this rank: (sum c_i g_i by parameter, sum c_i, sum c_i^2, total weight).
-
-    c_i = share * scale is the weight of a term.
-    """
+def chained(observer: Observer, number: int) -> tuple[ChainSums, Tensor, Tensor]:
+    """The sums of demand `number` on this rank, every example with the weight c of one term: (sums, sum of c over examples, total weight)."""
     parts, total = _weighted(observer)
-    pieces: list[tuple[Tensor, Tensors]] = []
-    first, second = torch.zeros_like(total), torch.zeros_like(total)
-    for part in parts:
-        weight = _weight(part) / total * _scale(part)
-        terms = part.likelihood.total(part.output, part.target).to(weight.dtype)
-        first, second = first + weight * terms, second + weight.square() * terms
-        pieces.append((weight, part.gradients[number]))
-    return _weighted_sum(pieces), first, second, total
+    pieces = [(_weight(p) / total * _scale(p), p.chained[number]) for p in parts]
+    links = pieces[0][1].links
+    if any(sums.links != links for _, sums in pieces):
+        raise ObservationError(
+            "the batches of this step differ in the shape of an example or in the layers that are trained, so that what is averaged over "
+            "their examples does not add: give them one shape and the same layers, or use the matrix 'ggn'."
+        )
+    output = torch.stack([sums.output * weight.to(sums.output.dtype) for weight, sums in pieces]).sum(0)
+    slopes = _weighted_sum((weight, sums.slopes) for weight, sums in pieces)
+    count = torch.stack([_weight(p) / total * _scale(p) * p.forward.batch for p in parts]).sum()
+    return ChainSums(links, output, slopes), count, total
+
+
+def sampled_gradient(observer: Observer, number: int) -> tuple[Tensors, TermWeights]:
+    """The mean gradient at drawn labels on this rank, sum c_i g_i by parameter; labels are drawn for every criterion call."""
+    parts, total = _weighted(observer)
+    values = _weighted_sum((_weight(p) / total * _scale(p), p.gradients[number]) for p in parts)
+    return values, _term_weights([(_weight(p), _scale(p), _total(p)) for p in parts])
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """Of the weights c_i = share * scale of the terms on this rank: sum c_i, sum c_i^2, and the total weight of their criterion calls."""
+
+    first: Tensor
+    second: Tensor
+    total: Tensor
+
+
+def term_weights(observer: Observer) -> TermWeights:
+    """Of the terms of the true gradient: criterion calls on one forward pass form one."""
+    parts, _ = _weighted(observer)
+    groups = list(_joined(parts))
+    return _term_weights([(weight, scale, torch.stack([_total(c) for c in calls])[heaviest]) for heaviest, weight, scale, calls in groups])
+
+
+def _total(part: CriterionCall) -> Tensor:
+    return part.likelihood.total(part.output, part.target)
+
+
+def _term_weights(calls: Sequence[tuple[Tensor, Tensor, Tensor]]) -> TermWeights:
+    """From the weight, the scale and the number of terms of each."""
+    total = torch.stack([weight for weight, _, _ in calls]).sum()
+    weights = torch.stack([weight / total * scale for weight, scale, _ in calls])
+    terms = torch.stack([number.to(weights.dtype) for *_, number in calls])
+    return TermWeights((weights * terms).sum(), (weights.square() * terms).sum(), total)
 
 
 def _weighted(observer: Observer) -> tuple[list[CriterionCall], Tensor]:
@@ -94,17 +131,22 @@ def _true_parts(parts: Sequence[CriterionCall], layers: frozenset[str], total: T
 
     It is measured in units of the call of the largest weight: with losses c1 + 0.3 c2 a term gradient is g1 + 0.3 g2.
     """
+    made = []
+    for _, weight, scale, calls in _joined(parts):
+        seen = true_columns(calls[0].forward, calls[0].backward, layers, weight * scale)
+        made.append(Part(weight / total, scale, calls[0].forward.batch, by_layer(seen)))
+    return made
+
+
+def _joined(parts: Sequence[CriterionCall]) -> Iterator[tuple[Tensor, Tensor, Tensor, list[CriterionCall]]]:
+    """Criterion calls by forward and backward pass: which has the largest weight, that weight, its scale, and the calls."""
     groups: dict[tuple[int, int], list[CriterionCall]] = defaultdict(list)
     for part in parts:
         groups[id(part.forward), part.backward].append(part)
-    made = []
-    for (_, backward), calls in groups.items():
+    for calls in groups.values():
         weights = torch.stack([_weight(c) for c in calls])
         heaviest = weights.abs().argmax()
-        weight, scale = weights[heaviest], torch.stack([_scale(c) for c in calls])[heaviest]
-        seen = true_columns(calls[0].forward, backward, layers, weight * scale)
-        made.append(Part(weight / total, scale, calls[0].forward.batch, by_layer(seen)))
-    return made
+        yield heaviest, weights[heaviest], torch.stack([_scale(c) for c in calls])[heaviest], calls
 
 
 Mean = Callable[[], tuple[Tensors, Tensor]]

@@ -12,6 +12,21 @@ from precond.errors import ObservationError, UsageError
 from precond.likelihoods import Likelihood, weigh
 from precond.observe.observation import Tensors
 from precond.observe.observer import Observer, Target
+from precond.observe.trees import field_of, tensors_in
+
+
+def _criterion_input(output: Any) -> Tensor:
+    """The model's output, its `logits`, or the one tensor in it that can be differentiated."""
+    if isinstance(output, Tensor):
+        return output
+    logits = field_of(output, "logits")
+    found = [logits] if isinstance(logits, Tensor) else [t for t in tensors_in(output) if t.requires_grad]
+    if len(found) != 1:
+        raise ObservationError(
+            f"the model returns a {type(output).__name__} that holds {len(found)} tensors with a gradient and no `logits`, and the criterion takes "
+            "one tensor: wrap the model to return it."
+        )
+    return found[0]
 
 
 def differentiate_batch(
@@ -28,8 +43,7 @@ def differentiate_batch(
         output = observer.model(*inputs)
     else:
         output = observer.model(inputs)
-    if not isinstance(output, Tensor):
-        raise ObservationError(f"the model returns a {type(output).__name__}, and the criterion takes a tensor: wrap it to return the tensor.")
+    output = _criterion_input(output)
     loss = criterion.forward(output, *(targets if isinstance(targets, tuple) else (targets,)))
     part = observer.record(output, targets, likelihood, criterion)
     if part is None:
@@ -46,10 +60,12 @@ def differentiate_batch(
     for number, demand in enumerate(observer.demands):
         if demand.kind == "columns" and demand.reduce is not None:
             part.reduced[number] = observer.reduced(part, number, demand.reduce)
-        elif demand.kind == "columns":
+        elif demand.kind in ("columns", "layer_secant"):
             part.columns[number] = observer.nested(part, number)
         elif demand.sampled:
             part.gradients[number] = observer.sampled(part, number)
+        elif demand.chained:
+            part.chained[number] = observer.chained(part, number)
     for call in part.forward.calls:  # the graph of a batch lives no longer than its turn
         call.edges = [None] * len(call.edges)
     part.nodes, part.output = {}, part.output.detach()

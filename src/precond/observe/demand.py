@@ -31,6 +31,8 @@ class Source(Protocol):
     def true_gradient(self) -> bool: ...
     @property
     def sampled(self) -> bool: ...
+    @property
+    def chained(self) -> bool: ...
 
     def cotangents(self, context: Context) -> Tensor: ...
 
@@ -59,12 +61,27 @@ class Demand:
     @property
     def backward(self) -> bool:
         """Fed by the user's own backward pass."""
-        return self.kind == "columns" and self.matrix.true_gradient
+        return self.kind == "layer_secant" or (self.kind == "columns" and self.matrix.true_gradient)
+
+    @property
+    def slope(self) -> bool:
+        """Fed by the gradient of each pass as it reaches the parameters, before anything that the loop does to p.grad."""
+        return self.kind in ("secant", "successive")
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the forward pass will be run again."""
+        return self.kind in ("product", "secant", "layer_secant")
 
     @property
     def sampled(self) -> bool:
         """Fed by a nested pass down to the parameters, at drawn labels."""
         return self.kind == "gradient" and self.matrix.sampled
+
+    @property
+    def chained(self) -> bool:
+        """Fed by a nested pass down to its last layer, and by what is between its layers."""
+        return self.kind == "factors" and self.matrix.chained
 
     @property
     def nested(self) -> bool:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from precond.observe.trees import tensors_in
+from precond.secant import PairRule
 
-Kind = Literal["columns", "gradient", "product", "factors"]
+Kind = Literal["columns", "gradient", "product", "factors", "secant", "successive", "layer_secant"]
 Tensors = dict[str, Tensor]
 
 
@@ -72,10 +73,15 @@ class Columns:
 
 @dataclass(frozen=True)
 class Factors:
-    """The inputs of the layers alone: C = I (x) A for each, A the mean over rows of a a^T."""
+    """Moments of the inputs and outputs of layers: C = B (x) A for each, A the mean over rows of a a^T.
+
+    outputs: by layer the moment of the gradient at all the output of one example, (*out, *out) in its own layout, scale folded in and
+    already summed over parts and ranks; B is made of it. None: B is the identity, and nothing depends on the loss.
+    """
 
     parts: tuple[Part, ...]
     weight: Tensor
+    outputs: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,4 +109,40 @@ class Product:
         return self.local(vectors) if self.whole is None else self.whole(vectors)
 
 
-Observation = Columns | Gradient | Product | Factors
+@dataclass(frozen=True)
+class Pair:
+    """A step s and the change y of the gradient of one batch along it, already summed over parts and ranks.
+
+    By parameter; by layer, in the space of its outputs, where the user gives such pairs himself.
+    """
+
+    s: Tensors
+    y: Tensors
+    rule: PairRule
+    weight: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Where the parameters are and the gradient there, already summed over parts and ranks; two of them make a pair."""
+
+    point: Tensors
+    gradient: Tensors
+    rule: PairRule
+    weight: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The true columns of the step's batch at the parameters after the update."""
+
+    columns: Columns
+    rule: PairRule
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the columns."""
+        return self.columns.weight
+
+
+Observation = Columns | Gradient | Product | Factors | Pair | Slope | Moved

@@ -20,15 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precond.likelihoods import Likelihood, weigh
+from precond.likelihoods import Likelihood, resolve, weigh
 from precond.numerics import full_precision
 from precond.observe.bridge import find_bridge
+from precond.observe.catch import GradientCatch
+from precond.observe.chain import ChainSums
+from precond.observe.chain_sums import call_sums
 from precond.observe.demand import Context, Demand, Reduce, Reduced
 from precond.observe.grouping import by_layer
 from precond.observe.guard import busy
 from precond.observe.hooks import Hook
 from precond.observe.matching import find_forward, refuse_reentrant_checkpoint
-from precond.observe.observation import LayerColumns, Part
+from precond.observe.observation import LayerColumns, Part, Tensors
+from precond.observe.own_loss import LossReader
 from precond.observe.passes import batched_grad, nested_columns
 from precond.observe.randomness import keyed_generator
 from precond.observe.recorder import Recorder
@@ -51,19 +55,26 @@ class Observer(Recorder):
         self.demands, self.params = list(demands), list(params)
         self.step, self.seed, self.rank, self.selfcheck = step, seed, rank, selfcheck
         self.parts: list[CriterionCall] = []
+        self.slope: Tensors = {}  # the gradient of the parts, weights and all, as it reached the parameters
+        self._catch = GradientCatch({n for d in self.demands if d.slope for n in d.params})
         self._passes = 0
         self._index = (-1, 0)  # (step, criterion calls seen in it)
         self._marks: list[tuple[bool, int]] = []
         self._versions_after: list[int] = []
+        self._readers: list[LossReader] = []
 
     def _wants_true_columns(self) -> bool:
         return any(d.backward for d in self.demands) or (self.selfcheck is not None and self.selfcheck.pending)
 
     def _keeps_outputs(self) -> bool:
-        return any(d.kind == "product" for d in self.demands)
+        return any(d.replayed for d in self.demands)
 
     def watch_criterion(self, criterion: nn.Module, likelihood: Likelihood) -> None:
         self._handles.add(criterion.register_forward_hook(Hook(self._after_criterion, likelihood), with_kwargs=True))
+
+    def watch_own_loss(self, reader: LossReader) -> None:
+        """Observe the loss that the model computes in its own forward pass."""
+        self._readers.append(reader)
 
     def remove(self) -> None:
         """Leave no hook behind."""
@@ -73,7 +84,16 @@ class Observer(Recorder):
 
     def forget(self) -> None:
         """Drop the observations of the step."""
-        self.parts = []
+        self.parts, self.slope = [], {}
+
+    def _end_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        super()._end_forward(model, args, kwargs, output)
+        if output is None or self._idle():  # None: the forward pass raised
+            return
+        for reader in self._readers:
+            own = reader.read(model, args, kwargs, output)
+            if own is not None:
+                self.observe(own.loss, own.output, own.target, resolve(own.criterion), own.criterion, own.factor)
 
     # -- the criterion -------------------------------------------------------------------------------------------
 
@@ -88,10 +108,14 @@ class Observer(Recorder):
         current = likelihood.from_criterion(criterion)  # the options as they are at this call
         self.observe(loss, output, (target, *further), current, criterion)
 
-    def observe(self, loss: Tensor, output: Tensor, target: Target, likelihood: Likelihood, criterion: nn.Module | None = None) -> bool:
+    def observe(
+        self, loss: Tensor, output: Tensor, target: Target, likelihood: Likelihood, criterion: nn.Module | None = None,
+        factor: Tensor | None = None,
+    ) -> bool:  # fmt: skip
         """Watch a loss computed from `output`; False where the output came from no recorded forward pass."""
         part = self.record(output, target, likelihood, criterion)
         if part is not None:
+            part.factor = factor
             loss.register_hook(Hook(self._on_loss, part))  # never the loss itself: a hook that holds its own tensor is a leak
         return part is not None
 
@@ -125,7 +149,10 @@ class Observer(Recorder):
             self._begin_backward()
         part.backward = self._passes
         # What is kept until the step is a copy: the hook's own record must stay whole for another pass over a retained graph.
-        kept = replace(part, columns={}, gradients={}, reduced={})
+        kept = replace(part, columns={}, gradients={}, reduced={}, chained={})
+        part.forward.differentiated = True
+        if part.factor is not None:
+            gradient = gradient * part.factor.to(gradient.device)
         kept.likelihood, kept.weight, kept.scale = weigh(part.likelihood, part.output.detach(), part.target, gradient.detach())
         with torch.enable_grad():
             for number, demand in enumerate(self.demands):
@@ -135,6 +162,8 @@ class Observer(Recorder):
                     kept.columns[number] = self.nested(kept, number)
                 elif demand.sampled:
                     kept.gradients[number] = self.sampled(kept, number)
+                elif demand.chained:
+                    kept.chained[number] = self.chained(kept, number)
         self.parts.append(kept)
 
     def context(self, part: CriterionCall, number: int) -> Context:
@@ -150,8 +179,7 @@ class Observer(Recorder):
     def reduced(self, part: CriterionCall, number: int, reduce: Reduce) -> Reduced:
         """The statistics of demand `number`, from as many columns at a time as hold about as much as the forward pass does."""
         demand, total = self.demands[number], Reduced()
-        sizes = [call.size for call in part.forward.calls if call.name in demand.layers]
-        limit = max(1, _COLUMN_ELEMENTS // max(1, sum(sizes)), sum(sizes) and self._weights() // (2 * sum(sizes)))
+        limit = self._limit(part, demand)
         assert part.scale is not None
         one = torch.ones_like(part.scale)
         for cotangents in demand.matrix.chunks(self.context(part, number), limit):
@@ -165,8 +193,18 @@ class Observer(Recorder):
             call.once.clear()
         return total
 
-    def _weights(self) -> int:
-        return sum(p.numel() for p in self.params)
+    def _limit(self, part: CriterionCall, demand: Demand) -> int:
+        """How many columns hold about as much at the outputs of a demand's layers as the forward pass does."""
+        size = sum(call.size for call in part.forward.calls if call.name in demand.layers)
+        weights = sum(p.numel() for p in self.params)
+        return max(1, _COLUMN_ELEMENTS // max(1, size), size and weights // (2 * size))
+
+    def chained(self, part: CriterionCall, number: int) -> ChainSums:
+        """What the call adds to the recursion of demand `number` over the layers of a sequential model."""
+        demand = self.demands[number]
+        chunks = demand.matrix.chunks(self.context(part, number), self._limit(part, demand))
+        with full_precision(part.output.device.type):
+            return call_sums(self.model, part, demand.layers, chunks)
 
     def sampled(self, part: CriterionCall, number: int) -> dict[str, Tensor]:
         """The gradient, summed over terms, at the labels that demand `number` draws."""
@@ -178,12 +216,14 @@ class Observer(Recorder):
     def _begin_backward(self) -> None:
         params = self.params
         if self.parts and self._abandoned(params):
-            self.parts = []
+            self.forget()
         self._passes += 1
         self.clock.backward = self._passes
         self._marks = [(p.grad is None, 0 if p.grad is None else p.grad._version) for p in params]
         if self.selfcheck is not None and self.selfcheck.pending:
             self.selfcheck.begin(self.model)
+        if self._catch.names:
+            self._catch.begin(self.model)
         # The engine calls back when the whole pass is over, whichever hooks and nested passes there were.
         torch.autograd.Variable._execution_engine.queue_callback(Hook(self._end_backward))
 
@@ -206,6 +246,7 @@ class Observer(Recorder):
         parts = [p for p in self.parts if p.backward == this]
         if self.selfcheck is not None and self.selfcheck.pending:
             self.selfcheck.end(parts, this, accumulated, frozenset(self.layers))
+        caught = self._catch.end() if self._catch.names else {}
         if not accumulated:  # a gradient of something else (`autograd.grad(loss, x)`): no p.grad came of it
             for part in parts:
                 for call in part.forward.calls:
@@ -213,5 +254,8 @@ class Observer(Recorder):
                         slot[:] = [entry for entry in slot if entry[0] != this]
             self.parts = [p for p in self.parts if p.backward != this]
             return
+        for name, gradient in caught.items():
+            wide = gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
+            self.slope[name] = self.slope[name] + wide if name in self.slope else wide
         for part in parts:  # what is kept until the step holds no graph
             part.output = part.output.detach()

@@ -18,6 +18,7 @@ from precond.observe.guard import busy
 from precond.observe.hooks import Handles, Hook
 from precond.observe.records import Call, Clock, Forward
 from precond.observe.replay import save_rng
+from precond.observe.shared import SHARED, over_examples
 from precond.observe.trees import detached, tensors_in, versions
 
 _keys = itertools.count()
@@ -73,10 +74,10 @@ class Recorder(ABC):
         if renewed is not None:  # its own hooks, hung during this call, are called from the end of this pass on
             renewed._begin_forward(model, args, kwargs)
             return
-        tensor = next(tensors_in((args, kwargs)), None)
+        tensor = next((t for t in tensors_in((args, kwargs)) if t.dim()), None)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._open = Forward(
-            args, kwargs, batch=1 if tensor is None or tensor.dim() == 0 else tensor.shape[0], versions=versions((args, kwargs)),
+            args, kwargs, batch=1 if tensor is None else tensor.shape[0], versions=versions((args, kwargs)),
             rng=save_rng(device), autocast=(device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)),
         )  # fmt: skip
         true_columns = self._wants_true_columns()
@@ -87,13 +88,30 @@ class Recorder(ABC):
 
     def _after_layer(
         self, name: str, true_columns: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Any:
         forward = self._open
         if forward is None or busy():
-            return
+            return None
         if not torch.is_grad_enabled():
             forward.without_grad = True
-            return
+            return None
+        args, kwargs, handed_on = self.spread(name, args, kwargs, output, forward.batch)
+        forward.calls.append(self.call(name, module, args, kwargs, handed_on, true_columns))
+        return None if handed_on is output else handed_on
+
+    def _layout(self, name: str) -> str | None:
+        return next((layout for pattern, layout in self.rows.items() if fnmatchcase(name, pattern)), None)
+
+    def spread(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """(args, kwargs, output) of a layer's call, expanded over the batch where `rows=` says that all examples share it."""
+        return over_examples(args, kwargs, output, batch) if self._layout(name) == SHARED else (args, kwargs, output)
+
+    def call(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, true_columns: bool = False
+    ) -> Call:  # fmt: skip
+        """The record of one call of a layer, in its forward hook."""
         edges: list[GradientEdge | int | None] = []
         slots: list[list[tuple[int, Tensor]]] = []
         for tensor in tensors_in(output):
@@ -102,11 +120,11 @@ class Recorder(ABC):
             edges.append(get_gradient_edge(tensor) if tensor.requires_grad else None)
             if true_columns and tensor.requires_grad:
                 tensor.register_hook(_keep_gradient(slot, self.clock))
-        rows = next((layout for pattern, layout in self.rows.items() if fnmatchcase(name, pattern)), None)
         numbers = [e.output_nr if isinstance(e, GradientEdge) else 0 for e in edges]
         inputs = (detached(args), detached(kwargs))
         size = sum(tensor.numel() for tensor in tensors_in(output))
-        forward.calls.append(Call(name, module, *inputs, module.training, rows, edges, numbers, slots, versions(inputs), size))
+        rows = layout if (layout := self._layout(name)) != SHARED else None  # it has the batch in front by now, as other layers do
+        return Call(name, module, *inputs, module.training, rows, edges, numbers, slots, versions(inputs), size)
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
         if busy():
@@ -137,7 +155,7 @@ class Recorder(ABC):
         self._multi_output.append(weakref.ref(forward))
         while len(self._multi_output) > _LIVE_FORWARDS:
             oldest = self._multi_output.popleft()()
-            if oldest is not None:
+            if oldest is not None and not oldest.differentiated:
                 oldest.calls.clear()
 
 

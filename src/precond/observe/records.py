@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from precond.errors import ObservationError
 from precond.likelihoods import Likelihood
 from precond.observe.bridge import Bridge
+from precond.observe.chain import ChainSums
 from precond.observe.observation import LayerColumns
 from precond.observe.trees import versions
 
@@ -75,6 +76,7 @@ class Forward:
     autocast: tuple[str, bool, torch.dtype]
     calls: list[Call] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)  # detached; only where products will run the pass again
+    differentiated: bool = False  # a loss of this pass is part of a step
     without_grad: bool = False  # a layer ran with gradients off: perhaps inside a reentrant checkpoint
 
 
@@ -96,5 +98,7 @@ class CriterionCall:
     columns: dict[int, list[LayerColumns]] = field(default_factory=dict)
     gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     reduced: dict[int, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
+    chained: dict[int, ChainSums] = field(default_factory=dict)
     scale: Tensor | None = None
     bridge: Bridge | None = None
+    factor: Tensor | None = None  # a weight that the model put on the loss itself

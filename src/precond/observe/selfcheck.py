@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from precond.errors import ObservationError
-from precond.observe.guard import busy
-from precond.observe.hooks import Handles
-from precond.observe.names import canonical
+from precond.observe.catch import GradientCatch
 from precond.observe.observation import LayerColumns
 from precond.observe.records import CriterionCall
 from precond.observe.trees import tensors_in
@@ -33,19 +31,15 @@ class SelfCheck:
     def __init__(self, rebuild: Rebuild, names: Mapping[str, str]) -> None:
         self.rebuild, self.names = rebuild, dict(names)  # parameter -> the block it belongs to
         self.pending = True
-        self._seen: dict[str, Tensor] = {}
-        self._handles = Handles()
+        self._catch = GradientCatch(self.names)
 
     def begin(self, model: nn.Module) -> None:
-        """Catch the raw gradient of each parameter in this pass, before an all-reduce, an accumulation or clipping."""
-        self._seen.clear()
-        for name, param in model.named_parameters():
-            if param.requires_grad and canonical(name) in self.names:
-                self._handles.add(param.register_hook(_catcher(self._seen, canonical(name))))
+        """Catch the raw gradient of each parameter in this pass."""
+        self._catch.begin(model)
 
     def end(self, parts: Sequence[CriterionCall], backward: int, accumulated: bool, layers: frozenset[str]) -> None:
         """Compare, if the pass accumulated into p.grad; raises with the name of the first block that differs."""
-        self._handles.remove()
+        seen = self._catch.end()
         if not accumulated or not parts:
             return
         self.pending = False
@@ -61,17 +55,8 @@ class SelfCheck:
                         rebuilt[name] = rebuilt[name].to(gradient) + gradient
                         noise[name] = noise[name].to(gradient) + _rounding(call, raw)
         for name, block in self.names.items():
-            if name in self._seen:
-                _compare(name, block, self._seen[name], rebuilt[name], noise[name])
-        self._seen.clear()
-
-
-def _catcher(seen: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
-    def catch(gradient: Tensor) -> None:
-        if not busy():
-            seen[name] = gradient.detach()
-
-    return catch
+            if name in seen:
+                _compare(name, block, seen[name], rebuilt[name], noise[name])
 
 
 def _coarsest(call: LayerColumns, raw: Sequence[torch.dtype]) -> float:

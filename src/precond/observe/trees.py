@@ -24,6 +24,11 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(tree, field.name))
 
 
+def field_of(tree: Any, name: str) -> Any:
+    """An entry of a mapping, or an attribute; None where there is neither."""
+    return tree.get(name) if isinstance(tree, Mapping) else getattr(tree, name, None)
+
+
 def detached(tree: Any) -> Any:
     """The same nest with every tensor detached (no copy)."""
     if isinstance(tree, Tensor):

@@ -6,26 +6,46 @@ from precond.operators.base import Operator
 from precond.operators.block_diagonal import BlockDiagonal
 from precond.operators.dense import Dense
 from precond.operators.diagonal import Diagonal
+from precond.operators.gram import Gram
 from precond.operators.inverse import Inverse, InverseBlockDiagonal
 from precond.operators.kronecker import Kronecker
 from precond.operators.kronecker_eigen import KroneckerEigen
+from precond.operators.kronecker_sum import KroneckerSum
+from precond.operators.low_rank import LowRank
+from precond.operators.low_rank_eigen import LowRankEigen
 from precond.operators.matrix_free import MatrixFree
 from precond.operators.modes import mode_products, outer
 from precond.operators.packing import pack, unpack
+from precond.operators.row_form import RowForm
+from precond.operators.secant import Probed, Secant, SecantKronecker
 from precond.operators.shifted import RootShifted, Shifted
+from precond.operators.sparse import Sparse
+from precond.operators.sparse_precision import SparsePrecision
+from precond.operators.spectral import Spectral
 
 __all__ = [
     "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "Gram",
     "Inverse",
     "InverseBlockDiagonal",
     "Kronecker",
     "KroneckerEigen",
+    "KroneckerSum",
+    "LowRank",
+    "LowRankEigen",
     "MatrixFree",
     "Operator",
+    "Probed",
     "RootShifted",
+    "RowForm",
+    "Secant",
+    "SecantKronecker",
     "Shifted",
+    "Sparse",
+    "SparsePrecision",
+    "Spectral",
     "mode_products",
     "outer",
     "pack",

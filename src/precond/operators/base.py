@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from precond.errors import InvalidCombination
 
 if TYPE_CHECKING:
-    from precond.operators.kronecker_eigen import KroneckerEigen
+    from precond.operators.spectral import Spectral
 
 
 class Operator(ABC):
@@ -56,9 +56,12 @@ class Operator(ABC):
         """The operator that has these `fields()`."""
         return cls(**fields)
 
-    def spectral(self) -> KroneckerEigen:
-        """The same operator as a spectrum in a (Kronecker) eigenbasis."""
-        raise InvalidCombination(f"a {self.kind} operator has no eigendecomposition: use a solver that needs products only, such as 'cg'.")
+    def spectral(self) -> Spectral:
+        """The same operator by its eigendecomposition."""
+        raise InvalidCombination(
+            f"a {self.kind} operator has no eigendecomposition of its parts: use a solver that needs products only, such as 'cg', "
+            "or Dense(operator.to_dense())."
+        )
 
     def logdet(self) -> Tensor:
         """The logarithm of the determinant, for a positive semi-definite operator (-inf where it is singular)."""
@@ -72,6 +75,10 @@ class Operator(ABC):
     def _colour(self, Z: Tensor) -> Tensor:
         """R Z for a fixed R (n, noise) with R R^T the operator; `Z` (noise, k)."""
         raise NotImplementedError(f"a {self.kind} operator has no square root to sample with: use Dense(operator.to_dense()).")
+
+    def inverse_root(self, power: float) -> Callable[[Tensor], Tensor]:
+        """Z -> R Z for a fixed R (n, n) with R R^T = C^-power, the pseudo-inverse where C is singular: what samples an inverse."""
+        return self.spectral().map(lambda s: inverse_power(s, power / 2))._matmul
 
     # --- what follows
 
@@ -142,6 +149,11 @@ class Operator(ABC):
 def number(x: float | Tensor, like: Operator) -> Tensor:
     """A float or a 0-dim tensor as a 0-dim tensor in the dtype and on the device of an operator."""
     return torch.as_tensor(x, dtype=like.dtype, device=like.device)
+
+
+def inverse_power(eigenvalues: Tensor, p: float) -> Tensor:
+    """s^-p, and 0 for 0."""
+    return torch.where(eigenvalues == 0, eigenvalues, eigenvalues.pow(-p))
 
 
 def _cast(value: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> Any:

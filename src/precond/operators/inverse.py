@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from precond.errors import UsageError
-from precond.operators.base import Operator
+from precond.operators.base import Operator, inverse_power
 from precond.operators.block_diagonal import BlockDiagonal
+from precond.operators.spectral import Spectral
 
 
 class Applies(Protocol):
@@ -51,6 +53,16 @@ class Inverse(Operator):
 
     def logdet(self) -> Tensor:
         return -self.power * self.damped.logdet()
+
+    def spectral(self) -> Spectral:
+        return self.damped.spectral().map(lambda s: inverse_power(s, self.power))
+
+    @cached_property
+    def _root(self) -> Callable[[Tensor], Tensor]:
+        return self.damped.inverse_root(self.power)
+
+    def _colour(self, Z: Tensor) -> Tensor:
+        return self._root(Z)
 
 
 class InverseBlockDiagonal(BlockDiagonal):

@@ -38,7 +38,7 @@ class Kronecker(Operator):
     def __init__(self, *factors: Tensor | Dense | Diagonal, exponent: float = 1.0, scale: float | Tensor = 1.0) -> None:
         if not factors:
             raise ValueError("Kronecker needs at least one factor.")
-        self.factors = tuple(_factor(F) for F in factors)
+        self.factors = tuple(as_factor(F) for F in factors)
         self.exponent, self.scale = exponent, scale
         batches = {tuple(F.batch) for F in self.factors}
         if len(batches) > 1 or len(self.batch) > 1:
@@ -108,7 +108,8 @@ class Kronecker(Operator):
         return Kronecker(*self.factors, exponent=self.exponent / 2, scale=number(self.scale, self).sqrt())._matmul(Z)
 
 
-def _factor(F: Tensor | Dense | Diagonal) -> Dense | Diagonal:
+def as_factor(F: Tensor | Dense | Diagonal) -> Dense | Diagonal:
+    """A matrix or a diagonal, from what `Kronecker` takes as a factor."""
     if isinstance(F, (Dense, Diagonal)):
         return F
     if isinstance(F, Tensor):

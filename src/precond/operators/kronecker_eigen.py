@@ -7,11 +7,11 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from precond.operators.base import Operator
 from precond.operators.modes import mode_products
+from precond.operators.spectral import Spectral
 
 
-class KroneckerEigen(Operator):
+class KroneckerEigen(Spectral):
     """(U_1 (x) ... (x) U_k) diag(s) (U_1 (x) ... (x) U_k)^T, block-diagonal over a leading dimension b.
 
     Args:
@@ -70,11 +70,5 @@ class KroneckerEigen(Operator):
     def trace(self) -> Tensor:
         return self.spectrum.sum()
 
-    def spectral(self) -> KroneckerEigen:
-        return self
-
     def logdet(self) -> Tensor:
         return self.spectrum.log().sum()
-
-    def _colour(self, Z: Tensor) -> Tensor:
-        return self.map(lambda s: s.clamp(min=0).sqrt())._matmul(Z)

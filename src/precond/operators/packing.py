@@ -37,8 +37,9 @@ def unpack(packed: Mapping[str, Any], live: Operator | None = None) -> Operator:
     kind = packed["kind"]
     if kind == "MatrixFree":
         return _fill(packed["n"], live)
-    fields = {name: _unpack(value, live) for name, value in packed.items() if name not in ("kind", "blocks")}
-    if "blocks" in packed:
+    own = {"kind", "blocks"} if kind == "BlockDiagonal" else {"kind"}
+    fields = {name: _unpack(value, live) for name, value in packed.items() if name not in own}
+    if kind == "BlockDiagonal":
         inside = live.blocks if isinstance(live, BlockDiagonal) else {}
         fields["blocks"] = {name: unpack(block, inside.get(name, live)) for name, block in packed["blocks"].items()}
     return Operator.kinds[kind].from_fields(fields)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.operators.base import Operator, number
-from precond.operators.kronecker_eigen import KroneckerEigen
+from precond.operators.spectral import Spectral
 
 
 class Shifted(Operator):
@@ -51,7 +51,7 @@ class Shifted(Operator):
     def trace(self) -> Tensor:
         return self.operator.trace() + self.shift * self.n
 
-    def spectral(self) -> KroneckerEigen:
+    def spectral(self) -> Spectral:
         return self.operator.spectral().map(lambda s: s + self.shift)
 
     @property
@@ -97,10 +97,10 @@ class RootShifted(Operator):
         return {"operator": self.operator, "shift": self.shift, "power": self.power}
 
     @cached_property
-    def _spectral(self) -> KroneckerEigen:
+    def _spectral(self) -> Spectral:
         return self.operator.spectral().map(lambda s: (s.clamp(min=0).pow(self.power) + self.shift).pow(1 / self.power))
 
-    def spectral(self) -> KroneckerEigen:
+    def spectral(self) -> Spectral:
         return self._spectral
 
     def _matmul(self, V: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from precond.representations.base import REGISTRY, Representation
 from precond.representations.diagonal import Diagonal
 from precond.representations.full import Full
 from precond.representations.kron_dim import KronDim
+from precond.representations.kron_eigen import KronEigen
 from precond.representations.kron_io import KronIO
 from precond.representations.layer import Layer
 from precond.representations.matrix_free import MatrixFree
@@ -14,5 +15,5 @@ get = REGISTRY.get
 register = REGISTRY.register
 
 __all__ = [
-    "REGISTRY", "Diagonal", "Full", "KronDim", "KronIO", "Layer", "MatrixFree", "Representation", "Unit", "get", "names", "register",
+    "REGISTRY", "Diagonal", "Full", "KronDim", "KronEigen", "KronIO", "Layer", "MatrixFree", "Representation", "Unit", "get", "names", "register",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from precond.errors import ObservationError
 from precond.observe import Columns, Factors, Gradient, Kind, Observation, Product
 from precond.operators import Operator
 from precond.registry import Registry
-from precond.representations.inputs import input_matrix
+from precond.representations.inputs import moment_matrix
 from precond.statistics import Stat
 
 Statistics = dict[str, Any]
@@ -36,6 +36,8 @@ class Representation(ABC):
     requests: ClassVar[tuple[Kind, ...]]
     structure: ClassVar[type[Operator]]
     stages: ClassVar[tuple[str, ...]] = ("all",)
+    after: ClassVar[tuple[str, ...]] = ()
+    """Stages that are measured after the optimizer's update."""
     centres: ClassVar[bool] = False
     """Whether the outer product of a mean can be taken off its form."""
 
@@ -43,6 +45,10 @@ class Representation(ABC):
     def live(self) -> bool:
         """Its operator holds a function and lives one step."""
         return self.structure.live
+
+    def over(self, kind: Kind) -> Representation:
+        """What it becomes where it is built from one kind of observation; itself for most."""
+        return self
 
     def hosts(self, block: Block) -> str | None:
         """Why it has no meaning for a block, or None."""
@@ -59,6 +65,14 @@ class Representation(ABC):
     @abstractmethod
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
         """This step's statistics, normalised by the weights of the observation's parts."""
+
+    def prepare(self, stage: str, statistics: Statistics, averages: Callable[[], Statistics], block: Block) -> Statistics:
+        """Before a stage is measured, on every rank alike: the statistics, with a new basis where one is due.
+
+        averages: reads the averages of what was merged so far, the earlier stages of this step included. What is set here is of kind
+        "state", and an averaged entry may be carried over to a new basis; neither its weight nor another entry changes.
+        """
+        return statistics
 
     def rebase(self, statistics: Statistics) -> Statistics:
         """At a refresh only: a new basis, index set or sketch."""
@@ -108,7 +122,7 @@ def _parameters(block: Block) -> Iterator[Tensor]:
     for layer in block.layers.values():
         for local, name in layer.parameters.items():
             if name in block.names:
-                yield layer.module.get_parameter(local)
+                yield layer.tensor(local)
 
 
 def dense_matrix(observation: Observation, block: Block) -> Tensor:
@@ -117,9 +131,10 @@ def dense_matrix(observation: Observation, block: Block) -> Tensor:
         gradient = mean_gradient(observation, block)
         return torch.outer(gradient, gradient)
     if isinstance(observation, Factors):
-        return input_matrix(observation, block)
+        return moment_matrix(observation, block)
     if isinstance(observation, Product):
         return torch.cat([rows for _, rows in product_columns(observation, block)])
+    assert isinstance(observation, Columns)  # what is made of pairs is no average
     total: Tensor | None = None
     for rows in weighted_gradients(observation, block):
         product = rows.T @ rows

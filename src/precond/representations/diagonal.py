@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block
-from precond.observe import Columns, Gradient, Observation, Product
+from precond.observe import Columns, Gradient, Kind, Observation, Product
 from precond.operators import Diagonal as DiagonalOperator
 from precond.operators import Operator
 from precond.representations.base import (
@@ -24,6 +24,7 @@ from precond.representations.base import (
 )
 from precond.representations.centring import deviation, first_moment
 from precond.representations.unshared import unshared_rows
+from precond.representations.secant import over_pairs
 from precond.statistics import Stat
 
 
@@ -40,9 +41,12 @@ class Diagonal(Representation):
     """
 
     scope = "tensor"
-    requests = ("columns", "gradient", "product")
+    requests = ("columns", "gradient", "product", "secant", "successive")
     structure = DiagonalOperator
     centres = True
+
+    def over(self, kind: Kind) -> Representation:
+        return over_pairs(self, kind, "entries")
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         return {"diagonal": Stat("mean", form="diagonal")}

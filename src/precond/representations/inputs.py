@@ -1,4 +1,4 @@
-"""Moments of layer inputs: the factor A, and I (x) A where only inputs are known."""
+"""Moments of layer inputs: the factor A, and B (x) A where B is known apart from it."""
 
 from __future__ import annotations
 
@@ -8,46 +8,87 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from precond.blocks import Block, Parameter, leading_size
-from precond.layers import OneHot, check_examples
+from precond.blocks import Block, Parameter
+from precond.layers import OneHot, Ragged
 from precond.observe import Factors, Part
+from precond.representations.outputs import output_moment
+
+InputRows = Tensor | OneHot | Ragged
 
 
-def input_rows(part: Part, block: Block, *, check: bool = False) -> list[Tensor | OneHot]:
+def input_rows(part: Part, block: Block, *, check: bool = False) -> list[InputRows]:
     """The inputs (G, N, R, in') of every call, with the homogeneous coordinate where the block has a bias.
 
     check: refuse layers whose leading dimension is not the batch.
     """
-    rows: list[Tensor | OneHot] = []
+    rows: list[InputRows] = []
     bias = block.names[-1] if block.homogeneous else None
     for layer, seen in block.calls(part):
         if check:
-            check_examples(seen, leading_size(seen) if seen.rows is None else seen.batch)
+            layer.rule.check(seen)
         a = layer.rule.inputs(seen)
         # 0 for a use of a tied weight that has no share in the block's bias
         one = 1.0 if bias in layer.parameters.values() else 0.0
-        rows.append(torch.cat([a, a.new_full((*a.shape[:-1], 1), one)], dim=-1) if bias and isinstance(a, Tensor) else a)
+        if bias and isinstance(a, Tensor) and is_shared(a):
+            rows.append(_extended(a[:1], a.new_full((1, *a.shape[1:3]), one)).expand(len(a), -1, -1, -1))
+        elif bias and isinstance(a, Tensor):
+            rows.append(_extended(a, a.new_full(a.shape[:3], one)))
+        else:
+            rows.append(Ragged(_extended(a.a, a.mask * one), a.mask) if bias and isinstance(a, Ragged) else a)
     return rows
 
 
-def input_sums(rows: Sequence[Tensor | OneHot], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(sum of a a^T, the number of rows); the sum is (in', in'), (G, in', in'), or the counts of one-hot rows (V,)."""
+def _extended(a: Tensor, ones: Tensor) -> Tensor:
+    return torch.cat([a, ones.unsqueeze(-1)], dim=-1)
+
+
+def is_shared(a: Tensor) -> bool:
+    """Whether groups read one and the same input (G, ...), which is then computed with once."""
+    return a.shape[0] > 1 and a.stride(0) == 0
+
+
+def averaged(rows: Sequence[InputRows]) -> list[InputRows]:
+    """The mean over the positions of all calls, (G, N, 1, in')."""
+    given = [_with_mask(r) for r in rows if not isinstance(r, OneHot)]
+    total = torch.stack([a.sum(2, keepdim=True) for a, _ in given]).sum(0)
+    return [total / torch.stack([mask.sum(2)[:, :, None, None] for _, mask in given]).sum(0)]
+
+
+def _with_mask(rows: Tensor | Ragged) -> tuple[Tensor, Tensor]:
+    """Rows (G, N, R, in'), and (G, N, R), 1 where one is given."""
+    if isinstance(rows, Ragged):
+        return rows.a, rows.mask
+    return rows, rows.new_ones(()).expand(rows.shape[:3])
+
+
+def input_sums(rows: Sequence[InputRows], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(sum of a a^T, the number of rows); the sum is (in', in'), (G, in', in'), or the counts of one-hot rows (V,).
+
+    The number is (G, 1, 1) where there are groups.
+    """
     hot = [r for r in rows if isinstance(r, OneHot)]
     if hot:
         counts = torch.zeros(hot[0].size, dtype=dtype, device=hot[0].index.device)
         for h in hot:
             counts.index_add_(0, h.index.reshape(-1), h.mask.reshape(-1).to(dtype))
         return counts, counts.sum()
-    flat = [r.flatten(1, 2) for r in rows if isinstance(r, Tensor)]
-    return second_moment(flat), flat[0].new_full((), sum(x.shape[1] for x in flat))
+    given = [_with_mask(r) for r in rows if not isinstance(r, OneHot)]
+    number = torch.stack([mask.sum((1, 2)) for _, mask in given]).sum(0)
+    return second_moment([a.flatten(1, 2) for a, _ in given]), number[:, None, None] if len(number) > 1 else number[0]
 
 
 def second_moment(rows: Sequence[Tensor]) -> Tensor:
     """Sum over rows of x x^T: (G, n, d) -> (G, d, d), (d, d) for one group."""
-    total = rows[0].transpose(1, 2) @ rows[0]
+    total = _square(rows[0])
     for x in rows[1:]:
-        total = total + x.transpose(1, 2) @ x
+        total = total + _square(x)
     return total.squeeze(0) if total.shape[0] == 1 else total
+
+
+def _square(x: Tensor) -> Tensor:
+    if is_shared(x):
+        return (x[0].T @ x[0]).expand(len(x), -1, -1)
+    return x.transpose(1, 2) @ x
 
 
 def input_moment(observation: Factors, block: Block) -> Tensor | None:
@@ -71,18 +112,42 @@ def _dtype(block: Block) -> torch.dtype:
 
 
 def unit_blocks(observation: Factors, block: Block) -> Tensor | None:
-    """The diagonal blocks of I (x) A by row of a block in matrix coordinates, (rows, width, width)."""
+    """The diagonal blocks of B (x) A by row of a block in matrix coordinates, (rows, width, width); None without a call."""
+    pair = moments(observation, block)
+    if pair is None:
+        return None
+    A, B = pair
+    rows, width = block.shape
+    if A.dim() == 1:  # one-hot rows, weight stored input first: A (x) B
+        return A.view(rows, 1, 1) * B
+    units = A.expand(rows, width, width) if A.dim() == 2 else A.repeat_interleave(rows // A.shape[0], dim=0)
+    return units * B.diagonal(dim1=-2, dim2=-1).reshape(rows, 1, 1)
+
+
+def moments(observation: Factors, block: Block) -> tuple[Tensor, Tensor] | None:
+    """(A, B) of a block in matrix coordinates, B the identity where outputs are not given; None without a call."""
     A = input_moment(observation, block)
     if A is None:
         return None
     rows, width = block.shape
-    if A.dim() == 1:  # one-hot rows, weight stored input first: A (x) I
-        return A.view(rows, 1, 1) * torch.eye(width, dtype=A.dtype, device=A.device)
-    return A.expand(rows, width, width).clone() if A.dim() == 2 else A.repeat_interleave(rows // A.shape[0], dim=0)
+    size = width if A.dim() == 1 else rows // (A.shape[0] if A.dim() == 3 else 1)
+    eye = torch.eye(size, dtype=A.dtype, device=A.device).expand(*A.shape[:-2], size, size)
+    B = eye if observation.outputs is None else output_moment(observation, block)
+    return None if B is None else (A, B.to(A.dtype))
 
 
-def input_matrix(observation: Factors, block: Block) -> Tensor:
-    """I (x) A of every layer of a block in flat coordinates, (n, n); nothing between layers."""
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    """B (x) A in the order of a block's matrix coordinates, one a group; A (x) B for one-hot rows."""
+    if A.dim() == 1:
+        return torch.kron(A.diag(), B)
+    if A.dim() == 2:
+        return torch.kron(B.contiguous(), A)
+    whole: Tensor = torch.block_diag(*(torch.kron(b.contiguous(), a) for a, b in zip(A, B, strict=True)))
+    return whole
+
+
+def moment_matrix(observation: Factors, block: Block) -> Tensor:
+    """B (x) A of every layer of a block in flat coordinates, (n, n); nothing between layers."""
     owners: dict[str, list[Parameter]] = {}
     for p in block.parameters:
         owners.setdefault(p.owner, []).append(p)
@@ -91,15 +156,16 @@ def input_matrix(observation: Factors, block: Block) -> Tensor:
         flat = Block(
             owner, tuple(params), {n: layer for n, layer in block.layers.items() if any(n == u for p in params for u, _ in p.uses)}
         )
-        table = replace(flat, rows=params[0].shape[0])
-        blocks = unit_blocks(observation, table)
-        if blocks is None:  # not called in this step
+        transposed = flat.layers[owner].rule.joint and flat.layers[owner].rule.input_first
+        table = replace(flat, rows=params[0].shape[1 if transposed else 0], transposed=transposed)
+        pair = moments(observation, table)
+        if pair is None:  # not called in this step
             pieces.append(torch.zeros(flat.n, flat.n, dtype=_dtype(flat), device=observation.weight.device))
             continue
         start = params[0].start
         order = table.positions() - start
-        dense = torch.zeros(flat.n, flat.n, dtype=blocks.dtype, device=blocks.device)
-        dense[order.unsqueeze(1), order] = torch.block_diag(*blocks)
+        dense = torch.zeros(flat.n, flat.n, dtype=pair[0].dtype, device=pair[0].device)
+        dense[order.unsqueeze(1), order] = _product(*pair)
         pieces.append(dense)
     whole: Tensor = torch.block_diag(*pieces)
     return whole

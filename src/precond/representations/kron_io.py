@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block
+from precond.errors import ObservationError
 from precond.layers import Rule as LayerRule
-from precond.observe import Columns, Factors, Observation, Part
+from precond.observe import Columns, Factors, Kind, Observation, Part
 from precond.operators import Diagonal, Kronecker, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, refuse_kind, zeros
-from precond.representations.inputs import input_rows, input_sums, second_moment
+from precond.representations.inputs import InputRows, averaged, input_rows, input_sums, is_shared, second_moment
+from precond.representations.kron_secant import KronSecant
+from precond.representations.outputs import output_moment
 from precond.statistics import Form, Stat
 
 
@@ -27,7 +30,9 @@ class KronIO(Representation):
     "reduce" first averages a and sums g over positions. Both are plain K-FAC where a layer has one position. The bias
     is joined by a homogeneous 1 in a. What is averaged is the sum of a a^T and the number of rows, both with the weights
     of the terms, so that any split of the data over batches and ranks has the same A. Uses of a tied weight expand like positions. An Embedding's A is diagonal
-    (counts) and comes first, as its weight is stored input first; a grouped convolution has one pair a group.
+    (counts) and comes first, as its weight is stored input first, and so does that of a transposed convolution, whose bias is apart; a
+    grouped convolution has one pair a group. packed="split": the three projections of an `nn.MultiheadAttention` have a pair each;
+    "joint": they have one A and a B of three times the size, where query, key and value are one tensor.
 
     Memory in'^2 + out^2; cost N R (in'^2 + K out^2). Sources: Martens & Grosse 2015; Grosse & Martens 2016;
     Eschenhagen et al., "Kronecker-factored approximate curvature for modern neural network architectures", 2023.
@@ -37,22 +42,28 @@ class KronIO(Representation):
     """
 
     scope = "matrix"
-    requests = ("columns", "factors")
+    requests = ("columns", "factors", "layer_secant")
     structure = Kronecker
 
     sharing: Literal["expand", "reduce"] = "expand"
+    packed: Literal["split", "joint"] = "split"
 
     def __post_init__(self) -> None:
+        if self.packed not in ("split", "joint"):
+            raise ValueError(f"KronIO(packed={self.packed!r}): choose 'split' or 'joint'.")
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f"KronIO(sharing={self.sharing!r}): choose 'expand' or 'reduce'.")
 
+    def over(self, kind: Kind) -> Representation:
+        return KronSecant(host=self) if kind == "layer_secant" else self
+
     def hosts(self, block: Block) -> str | None:
         owner = next(iter(block.layers.values()))
-        if block.rows is None or not owner.rule.linear or "weight" not in owner.parameters:
+        if block.rows is None or not owner.rule.linear or owner.parameters.get("weight") not in block.names:
             return "it is no product of an input and an output gradient, so it has no Kronecker factors"
         if any(layer.rule is not owner.rule for layer in block.layers.values()):
             return "its weight is tied between layers of different kinds, where inputs and outputs exchange roles"
-        if self.sharing == "reduce" and not owner.rule.joint:
+        if self.sharing == "reduce" and owner.rule.one_hot:
             return "averaging one-hot rows over positions needs a dense factor of the vocabulary's size"
         return None
 
@@ -60,18 +71,21 @@ class KronIO(Representation):
         return "unit" if all(layer.rule.elementwise for layer in block.layers.values()) else "diagonal"
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
-        input_form: Form = "matrix" if _owner_rule(block).joint else "diagonal"
+        input_form: Form = "diagonal" if _owner_rule(block).one_hot else "matrix"
         return {"A": Stat("mean", form=input_form), "rows": Stat("mean"), "B": Stat("mean", form="matrix")}
 
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
         if isinstance(observation, Factors):
-            seen = _absent(block)
+            seen = self._absent(block)
             for part in observation.parts:
                 moments = self._moments(part, block, seen["A"].dtype)
                 if moments is not None:
                     weight = (part.share * part.scale).to(seen["A"].dtype)
                     seen["A"], seen["rows"] = seen["A"] + moments[0] * weight, seen["rows"] + moments[1] * weight
-            return seen | {"B": _identity(seen["B"])}
+            if observation.outputs is None:
+                return seen | {"B": _identity(seen["B"])}
+            B = output_moment(observation, block, summed=self.sharing == "reduce")
+            return seen if B is None else seen | {"B": B.to(seen["B"].dtype)}
         if not isinstance(observation, Columns):
             raise refuse_kind(self, observation)
         sums: list[Tensor] | None = None
@@ -81,12 +95,14 @@ class KronIO(Representation):
                 weighted = [x * (part.share * part.scale).to(x.dtype) for x in found]
                 sums = weighted if sums is None else [x + y for x, y in zip(sums, weighted, strict=True)]
         if sums is None:
-            return _absent(block)
+            return self._absent(block)
         return dict(zip(("A", "rows", "B"), sums, strict=True))
 
     def _sums(self, part: Part, block: Block) -> tuple[Tensor, Tensor, Tensor] | None:
         """(sum of a a^T, the number of its rows, sum of g g^T) over the calls of one part."""
         grads = [layer.rule.outputs(seen) for layer, seen in block.calls(part)]
+        if self._joins(block):
+            grads = [g.movedim(1, 3).flatten(3).unsqueeze(1) for g in grads]
         moments = self._moments(part, block, grads[0].dtype) if grads else None
         if moments is None:
             return None
@@ -102,22 +118,40 @@ class KronIO(Representation):
         kept, key = calls[0][1].once, f"{block.name}.{self.sharing}"
         if key not in kept:
             inputs = input_rows(part, block, check=self.sharing == "reduce")
-            tensors = [a for a in inputs if isinstance(a, Tensor)]
-            if self.sharing == "reduce" and tensors:  # first averaged over positions
-                inputs = [torch.stack([a.sum(2) for a in tensors]).sum(0).unsqueeze(2) / sum(a.shape[2] for a in tensors)]
+            if self._joins(block):
+                inputs = [_one_input(a, block) for a in inputs]
+            if self.sharing == "reduce":  # first averaged over positions
+                inputs = averaged(inputs)
             kept[key] = input_sums(inputs, dtype)
         found: tuple[Tensor, Tensor] = kept[key]
         return found
 
+    def _joins(self, block: Block) -> bool:
+        return self.packed == "joint" and _owner_rule(block).packed
+
+    def _absent(self, block: Block) -> dict[str, Tensor]:
+        """Zero factors, for a layer that nothing came back to in this step."""
+        layer = next(iter(block.layers.values()))
+        assert block.rows is not None
+        rows, width = block.shape
+        groups = 1 if self._joins(block) else layer.rule.groups(layer.module)
+        lead, number = ((groups,), (groups, 1, 1)) if groups > 1 else ((), ())
+        left, right = (*lead, rows // groups, rows // groups), (*lead, width, width)
+        if layer.rule.one_hot:
+            left = (rows,)
+        A, B = (right, left) if layer.rule.joint else (left, right)
+        return {"A": zeros(block, *A), "rows": zeros(block, *number), "B": zeros(block, *B)}
+
     def operator(self, statistics: Statistics, block: Block) -> Operator:
         rows, B = statistics["rows"], statistics["B"]
         A = statistics["A"] / torch.where(rows > 0, rows, torch.ones_like(rows))
-        if not _owner_rule(block).joint:  # weight stored input first
-            return Kronecker(Diagonal(A), B)
-        return Kronecker(B, A)
+        rule = _owner_rule(block)
+        if rule.joint:
+            return Kronecker(B, A)
+        return Kronecker(Diagonal(A) if rule.one_hot else A, B)  # weight stored input first
 
     def bytes_held(self, block: Block, itemsize: int) -> int:
-        return sum(s.numel() for s in _absent(block).values()) * itemsize
+        return sum(s.numel() for s in self._absent(block).values()) * itemsize
 
 
 def _owner_rule(block: Block) -> LayerRule:
@@ -134,14 +168,10 @@ def _identity(like: Tensor) -> Tensor:
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like).clone()
 
 
-def _absent(block: Block) -> dict[str, Tensor]:
-    """Zero factors, for a layer that nothing came back to in this step."""
-    layer = next(iter(block.layers.values()))
-    assert block.rows is not None
-    rows, width = block.shape
-    if not layer.rule.joint:
-        return {"A": zeros(block, rows), "rows": zeros(block), "B": zeros(block, width, width)}
-    groups = int(getattr(layer.module, "groups", 1))
-    lead = (groups,) if groups > 1 else ()
-    out = rows // groups
-    return {"A": zeros(block, *lead, width, width), "rows": zeros(block), "B": zeros(block, *lead, out, out)}
+def _one_input(a: InputRows, block: Block) -> Tensor:
+    """What all groups read."""
+    if not isinstance(a, Tensor) or not is_shared(a):
+        raise ObservationError(
+            f"KronIO(packed='joint') at block {block.name!r}: query, key and value are not one and the same tensor there; use packed='split'."
+        )
+    return a[:1]

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from precond.blocks import Block
-from precond.observe import Columns, Observation
+from precond.observe import Columns, Kind, Observation
 from precond.operators import Dense, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, dense_matrix
 from precond.representations.centring import deviation, first_moment
+from precond.representations.secant import over_pairs
 from precond.statistics import Stat
 
 
@@ -27,9 +28,12 @@ class Layer(Representation):
     """
 
     scope = "layer"
-    requests = ("columns", "gradient", "product", "factors")
+    requests = ("columns", "gradient", "product", "factors", "secant", "successive")
     centres = True
     structure = Dense
+
+    def over(self, kind: Kind) -> Representation:
+        return over_pairs(self, kind)
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         return {"matrix": Stat("mean", form="matrix")}

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block
-from precond.observe import Columns, Factors, Gradient, Observation
+from precond.observe import Columns, Factors, Gradient, Kind, Observation, Product
 from precond.operators import Dense, Operator
-from precond.representations.base import REGISTRY, Representation, Statistics, mean_gradient, product_columns, weighted_gradients, zeros
+from precond.representations.base import REGISTRY, Representation, Statistics, mean_gradient, product_columns, refuse_kind, weighted_gradients, zeros
 from precond.representations.centring import deviation, first_moment
 from precond.representations.inputs import unit_blocks
 from precond.representations.unshared import unshared_rows
+from precond.representations.secant import over_pairs
 from precond.statistics import Stat
 
 
@@ -33,9 +34,12 @@ class Unit(Representation):
     """
 
     scope = "matrix"
-    requests = ("columns", "gradient", "product", "factors")
+    requests = ("columns", "gradient", "product", "factors", "secant", "successive")
     centres = True
     structure = Dense
+
+    def over(self, kind: Kind) -> Representation:
+        return over_pairs(self, kind, "rows")
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         return {"blocks": Stat("mean", form="matrix")}
@@ -50,6 +54,8 @@ class Unit(Representation):
         if isinstance(observation, Factors):
             inputs = unit_blocks(observation, block)
             return {"blocks": zeros(block, rows, width, width) if inputs is None else inputs}
+        if not isinstance(observation, Product):
+            raise refuse_kind(self, observation)
         blocks = zeros(block, rows, width, width)
         for indices, products in product_columns(observation, block):
             unit, place = indices // width, indices % width

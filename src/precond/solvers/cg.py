@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond.damping import Damping
 from precond.errors import SolverFailure
-from precond.operators import Kronecker, Operator, Shifted, pack, unpack
+from precond.operators import Kronecker, KroneckerSum, Operator, Shifted, pack, unpack
 from precond.solvers.base import REGISTRY, Solver, State
 
 NegativeCurvature = Literal["truncate", "raise"]
@@ -105,7 +105,7 @@ class CG(Solver):
 
 def _materialise(damped: Operator) -> Operator:
     """The state should hold factors, not what would need an eigendecomposition at every application."""
-    if isinstance(damped, Kronecker):
+    if isinstance(damped, (Kronecker, KroneckerSum)):
         return damped.materialise()
     if isinstance(damped, Shifted):
         return Shifted(_materialise(damped.operator), damped.shift)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from precond.operators import Diagonal, KroneckerEigen, Operator
+from precond.operators import Diagonal, KroneckerEigen, LowRankEigen, Operator
 from precond.solvers.base import REGISTRY
 from precond.solvers.spectral import SpectralSolver
 
@@ -13,7 +13,7 @@ from precond.solvers.spectral import SpectralSolver
 @REGISTRY.register("elementwise")
 @dataclass(frozen=True, kw_only=True)
 class Elementwise(SpectralSolver):
-    """damped^(-power) where the spectrum is there already: diagonals, and spectra in a Kronecker eigenbasis.
+    """damped^(-power) where the spectrum is there already: diagonals, and spectra in an eigenbasis.
 
     Refresh n; apply n, and two products a basis. With power 0.5 and `Outside` damping it is the division of Adam, RMSprop and AdaGrad.
     Options: see `SpectralSolver`.
@@ -29,4 +29,4 @@ class Elementwise(SpectralSolver):
     tensor([0.3333, 0.2500])
     """
 
-    accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Diagonal, KroneckerEigen})
+    accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Diagonal, KroneckerEigen, LowRankEigen})

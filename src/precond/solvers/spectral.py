@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond.damping import Damping
 from precond.errors import SolverFailure
-from precond.operators import KroneckerEigen, Operator
+from precond.operators import Operator, Spectral, pack, unpack
 from precond.solvers.base import Solver, State
 
 Spectrum = Literal["auto", "keep", "clamp", "abs"]
@@ -43,7 +43,7 @@ class SpectralSolver(Solver):
             return damping(self._project(operator.spectral()), self.power)
         return self._project(damping(operator, self.power).spectral())
 
-    def _project(self, spectral: KroneckerEigen) -> KroneckerEigen:
+    def _project(self, spectral: Spectral) -> Spectral:
         if self.spectrum == "abs":
             return spectral.map(lambda s: s.abs())
         return spectral.map(lambda s: s.clamp(min=0)) if self.spectrum == "clamp" else spectral
@@ -52,18 +52,17 @@ class SpectralSolver(Solver):
         # a damping that keeps the eigenvectors is added to the spectrum itself, which is exact for a Kronecker product
         known = operator.spectral() if damping.keeps_eigenvectors else operator
         damped = self.damped(known, damping).spectral()
-        multiplier = self._invert(damped.spectrum)
-        if not bool(multiplier.isfinite().all()):
+        inverse = damped.map(self._invert)
+        if not bool(inverse.spectrum.isfinite().all()):
             raise SolverFailure(
                 f"the {self.name} solver found a {operator.kind} operator of shape {tuple(operator.shape)} singular, not finite, "
                 f"or indefinite with power {self.power}: damping must be positive and exceed any negative eigenvalue; "
                 "or choose spectrum='clamp' or 'abs'."
             )
-        return {"bases": damped.map(lambda _: multiplier).fields()["bases"], "multiplier": multiplier}
+        return {"inverse": pack(inverse)}
 
     def _invert(self, spectrum: Tensor) -> Tensor:
         return spectrum.reciprocal() if self.power == 1 else spectrum.pow(-self.power)
 
     def _apply(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:
-        inverse = KroneckerEigen.from_fields({"bases": state["bases"], "spectrum": state["multiplier"]})
-        return inverse @ V, state
+        return unpack(state["inverse"]) @ V, state

@@ -1,0 +1,110 @@
+"""The BFGS iteration on the inverse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from precond.damping import Damping, Factored, Tikhonov
+from precond.errors import SolverFailure
+from precond.operators import Dense, Diagonal, Kronecker, Operator, Probed, Secant, SecantKronecker, Shifted
+from precond.secant import PairRule
+from precond.solvers.base import REGISTRY, Solver, State
+
+
+@REGISTRY.register("bfgs")
+@dataclass(frozen=True, kw_only=True)
+class BFGS(Solver):
+    """H <- (I - rho s y^T) H (I - rho y s^T) + rho s s^T, rho = 1 / s^T y: the inverse follows the pairs, n^2 a pair and no inversion.
+
+    The first H is the exact inverse of the damped operator, or `initial` times I. Afterwards each refresh moves H by the newest
+    pair alone, damped by the pair's own rule, so that H y = s along it; damping adds damping s to y. Of a Kronecker operator
+    each factor has an H: one with a pair follows it, one with a probe v follows the pair (H v, A H v) and tends to A^-1
+    ("Hessian-action" BFGS), any other is inverted. An application is a product with H.
+
+    Sources: Broyden, Fletcher, Goldfarb and Shanno, 1970; Goldfarb, Ren & Bahamou (K-BFGS), 2020.
+
+    Raises:
+        SolverFailure: the first damped operator is not positive definite.
+
+    >>> B = Secant(2 * torch.eye(2), s=torch.zeros(2), y=torch.zeros(2))
+    >>> state = BFGS().init(B, Tikhonov(0.0))
+    >>> state = BFGS().refresh(state, Secant(B.matrix, s=torch.tensor([1.0, 0.0]), y=torch.tensor([4.0, 0.0])), Tikhonov(0.0))
+    >>> BFGS().apply(state, torch.ones(2))[0]
+    tensor([0.2500, 0.5000])
+    """
+
+    accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Secant, SecantKronecker})
+    needs_definite: ClassVar[bool] = True
+
+    initial: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.initial is not None and not self.initial > 0:
+            raise ValueError(f"BFGS(initial={self.initial}): the first inverse is a positive multiple of I, or None for that of the operator.")
+
+    def natural_damping(self, structure: type[Operator]) -> type[Damping]:
+        return Factored if issubclass(structure, Kronecker) else Tikhonov
+
+    def _refresh(self, state: State, operator: Operator, damping: Damping) -> State:
+        damped = self.damped(operator, damping)
+        if isinstance(damped, Shifted) and isinstance(damped.operator, Dense):
+            damped = damped.operator.plus(damped.shift)
+        if isinstance(damped, Kronecker) and damped.exponent == 1:
+            factors: tuple[Operator, ...] = damped.factors
+            scale: float | Tensor = damped.scale
+        elif isinstance(damped, Secant):
+            factors, scale = (damped,), 1.0
+        else:
+            self.refuse(damped, "its damping is not factor-wise; use Factored damping")
+        old = state.get("factors", {})
+        return {"factors": {str(m): self._factor(old.get(str(m)), F) for m, F in enumerate(factors)}, "scale": 1 / scale}
+
+    def _factor(self, old: State | None, F: Operator) -> State:
+        """The inverse of one factor, moved by its pair where there is an old one."""
+        if isinstance(F, Diagonal):
+            return {"inverse": _finite(F.values.reciprocal())}
+        assert isinstance(F, Dense)
+        if isinstance(F, Secant):
+            if old is None and self.initial is None:
+                return {"inverse": self._inverse(F.matrix), "pairs": _none(F.s)}
+            H = _identity(F.matrix) * (self.initial or 1.0) if old is None else old["inverse"].to(F.matrix)
+            pairs = _none(F.s) if old is None else old["pairs"]
+            H, counts = F.rule.inverse(H, F.s, F.y, pairs == 0)
+            return {"inverse": H, "pairs": pairs + counts}
+        if old is None or not isinstance(F, Probed):
+            return {"inverse": self._inverse(F.matrix)}
+        H = old["inverse"].to(F.matrix)
+        s = (H @ F.probe.unsqueeze(-1)).squeeze(-1)
+        y = (F.matrix @ s.unsqueeze(-1)).squeeze(-1)
+        return {"inverse": PairRule(powell=0.0).inverse(H, s, y, _none(s) == 0)[0]}
+
+    def _inverse(self, A: Tensor) -> Tensor:
+        L, info = torch.linalg.cholesky_ex((A + A.mT) / 2)
+        if bool((info != 0).any()):
+            raise SolverFailure(f"the {self.name} solver starts from the inverse of a matrix {tuple(A.shape)} that is not positive definite: increase the damping.")
+        return torch.cholesky_inverse(L)
+
+    def _apply(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:
+        inverses = [Dense(f["inverse"]) if f["inverse"].dim() > 1 else Diagonal(f["inverse"]) for f in state["factors"].values()]
+        if len(inverses) == 1:
+            return inverses[0] @ V, state
+        return Kronecker(*inverses, scale=state["scale"]) @ V, state
+
+
+def _none(s: Tensor) -> Tensor:
+    """No pair yet, for each vector of a stack."""
+    return torch.zeros(s.shape[:-1], dtype=torch.int64, device=s.device)
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not bool(values.isfinite().all()):
+        raise SolverFailure("the bfgs solver found a zero in a diagonal factor: increase the damping.")
+    return values

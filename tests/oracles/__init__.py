@@ -1,0 +1,1 @@
+"""Agreement with public packages, and where they are wrong."""
