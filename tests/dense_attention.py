@@ -25,7 +25,11 @@ class Plain(nn.Module):
     def __init__(self, packed: nn.MultiheadAttention) -> None:
         super().__init__()
         self.heads, self.batch_first, self.zero = packed.num_heads, packed.batch_first, packed.add_zero_attn
-        weights = packed.in_proj_weight.chunk(3) if packed._qkv_same_embed_dim else (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)
+        weights = (
+            packed.in_proj_weight.chunk(3)
+            if packed._qkv_same_embed_dim
+            else (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)
+        )
         biases = (None,) * 3 if packed.in_proj_bias is None else packed.in_proj_bias.chunk(3)
         self.q, self.k, self.v = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
         self.out = _linear(packed.out_proj.weight, packed.out_proj.bias)

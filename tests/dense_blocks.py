@@ -70,9 +70,10 @@ def _separate(parameter: nn.Parameter, index: Tensor) -> list[Tensor]:
 def unit_indices(model: nn.Module) -> list[Tensor]:
     """The places in theta of each unit.
 
-    A norm: unit j is (weight_j, bias_j). Attention: the rows of its packed and of its output weight with their biases. A module with a weight of two or more dimensions and no other parameter than a bias (Linear,
-    Conv, Embedding): unit o is row o of weight.reshape(rows, -1) and bias[o]. Else (packed, transposed, bilinear, bias alone): each tensor
-    separately, rows of dimension 0, or single elements of a 1-D tensor.
+    A norm: unit j is (weight_j, bias_j). Attention: the rows of its packed and of its output weight with their biases. A module with a
+    weight of two or more dimensions and no other parameter than a bias (Linear, Conv, Embedding): unit o is row o of
+    weight.reshape(rows, -1) and bias[o]. Else (separate, transposed, bilinear, bias alone): each tensor separately, rows of dimension 0,
+    or single elements of a 1-D tensor.
     """
     places, named, units = positions(model), dict(model.named_parameters()), []
     for module_name, group in layer_groups(model):
@@ -83,7 +84,12 @@ def unit_indices(model: nn.Module) -> list[Tensor]:
             units += list(torch.stack([index[key] for key in ("weight", "bias") if key in index], 1))
         elif isinstance(module, nn.MultiheadAttention):
             units += _attention_units(module, {name.removeprefix(f"{module_name}."): _range(places[name]) for name in group})
-        elif set(index) <= {"weight", "bias"} and "weight" in index and weight.dim() > 1 and not isinstance(module, _ConvTransposeNd | nn.Bilinear):
+        elif (
+            set(index) <= {"weight", "bias"}
+            and "weight" in index
+            and weight.dim() > 1
+            and not isinstance(module, _ConvTransposeNd | nn.Bilinear)
+        ):
             table = index["weight"].reshape(weight.shape[0], -1)
             parts = [table.T if hasattr(module, "nf") else table] + ([index["bias"].unsqueeze(1)] if "bias" in index else [])
             units += list(torch.cat(parts, 1))

@@ -162,9 +162,11 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 
 def kronecker(module: nn.Module) -> bool:
     """Whether the gradient of the weight is a product of inputs and outputs."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
     if is_parametrized(module) or not set(module._parameters) <= {"weight", "bias"}:
         return False
-    return isinstance(module, nn.Linear | _ConvNd | nn.Embedding | nn.MultiheadAttention) or hasattr(module, "nf")
+    return isinstance(module, nn.Linear | _ConvNd | nn.Embedding) or hasattr(module, "nf")
 
 
 def fallback(model: nn.Module, layer: str, names: list[str]) -> str | None:

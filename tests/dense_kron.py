@@ -81,7 +81,10 @@ def _output_rows(layer: nn.Module, g: Tensor, batch: int, sizes: tuple[int, ...]
     if isinstance(layer, nn.Linear) or hasattr(layer, "nf"):
         return [g.reshape(batch, -1, g.shape[-1])]
     if layer.transposed:
-        return [chunk.flatten(1, 2).flatten(2).transpose(1, 2) for chunk in _written(layer, g, sizes).split(layer.out_channels // layer.groups, 1)]
+        return [
+            chunk.flatten(1, 2).flatten(2).transpose(1, 2)
+            for chunk in _written(layer, g, sizes).split(layer.out_channels // layer.groups, 1)
+        ]
     return list(g.flatten(2).transpose(1, 2).split(layer.out_channels // layer.groups, -1))
 
 
@@ -107,7 +110,13 @@ def capture(model: nn.Module, inputs: dense.Inputs, cotangents: Tensor, layer_na
     pairs = []
     for group in range(len(seen[0][0])):
         a = torch.cat([rows[group] for rows, *_ in seen], 1)
-        g = torch.stack([torch.cat([_output_rows(layer, each, batch, size)[group] for each, (*_, size) in zip(column, seen, strict=True)], 1) for column in columns])
+        sizes = [size for *_, size in seen]
+        g = torch.stack(
+            [
+                torch.cat([_output_rows(layer, each, batch, size)[group] for each, size in zip(column, sizes, strict=True)], 1)
+                for column in columns
+            ]
+        )
         pairs.append((a, g))
     return pairs
 

@@ -198,7 +198,9 @@ TRANSPOSED = [
     _one("transposed1d-dilated", lambda: nn.ConvTranspose1d(4, 2, 2, dilation=3, output_padding=2, bias=False), _LINE),
     _one("transposed1d-one", lambda: nn.ConvTranspose1d(4, 2, 3), _LINE[..., :1]),
     _one("transposed2d", lambda: nn.ConvTranspose2d(2, 2, (2, 3), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), _PLANE),
-    _one("transposed3d", lambda: nn.ConvTranspose3d(2, 2, 2, stride=(1, 2, 1), padding=(1, 0, 1), output_padding=(0, 1, 0), groups=2), _SPACE),
+    _one(
+        "transposed3d", lambda: nn.ConvTranspose3d(2, 2, 2, stride=(1, 2, 1), padding=(1, 0, 1), output_padding=(0, 1, 0), groups=2), _SPACE
+    ),
 ]
 NORMS = [
     _one("layernorm", lambda: affine(nn.LayerNorm((4, 5))), _LINE),
@@ -254,7 +256,5 @@ REBUILT = [
     _one("symmetric", symmetric, _TOKENS),
 ]
 LAYERS = {
-    case.name: case
-    for family in (CONVOLUTIONS, TRANSPOSED, NORMS, EMBEDDINGS, ATTENTION, RECURRENT, OTHERS, REBUILT)
-    for case in family
+    case.name: case for family in (CONVOLUTIONS, TRANSPOSED, NORMS, EMBEDDINGS, ATTENTION, RECURRENT, OTHERS, REBUILT) for case in family
 }

@@ -26,7 +26,8 @@ def valid(matrix: str, repr: str) -> bool:
 
 TRAJECTORY = tuple(m for m in matrices.names() if matrices.get(m)().needs_trajectory)
 """Matrices that have no value from one batch."""
-PAIRS = [(m, r) for m in matrices.names() for r in representations.names() if m not in TRAJECTORY and valid(m, r)]
+OF_A_BATCH = tuple(m for m in matrices.names() if m not in TRAJECTORY)
+PAIRS = [(m, r) for m in OF_A_BATCH for r in representations.names() if valid(m, r)]
 
 
 def hosts(case: str, matrix: str) -> bool:

@@ -20,7 +20,7 @@ import dense
 import dense_cells
 import precond
 from nets import CASES, Case, labels, normal, seeded
-from pairs import LEFT, PAIRS, SAMPLED, entries, exactly, hosts
+from pairs import LEFT, OF_A_BATCH, PAIRS, SAMPLED, entries, exactly, hosts
 from precond import matrices, representations
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
@@ -52,7 +52,7 @@ def test_batches_of_unequal_sizes_are_one_batch(name: str, matrix: str, repr: st
     close(curve(case, matrix, repr, batches=iter(split(case, (2, 0, 1)))), want)
 
 
-@pytest.mark.parametrize("matrix", [m for m in matrices.names() if m not in SAMPLED])
+@pytest.mark.parametrize("matrix", [m for m in OF_A_BATCH if m not in SAMPLED])
 def test_the_mean_of_the_parts_without_their_weights_is_another_matrix(matrix: str) -> None:
     case = CASES["mlp"]
     parts = [curve(case, matrix, "full", inputs=x, targets=y) for x, y in split(case)]
@@ -104,7 +104,7 @@ def test_kronecker_factors_of_shared_positions_add(name: str, sharing: Any, redu
     close(curve(case, "ggn", repr, batches=batches), curve(case, "ggn", repr))
 
 
-@pytest.mark.parametrize("matrix", matrices.names())
+@pytest.mark.parametrize("matrix", OF_A_BATCH)
 def test_a_sum_is_terms_times_a_mean(matrix: str) -> None:
     """Identity 8: a sum of cross-entropies is N times the mean, N S for sequences; N^2 for the squared gradient."""
     for case in (CASES[name] for name in ("mlp", "transformer_ignore") if hosts(name, matrix)):
@@ -115,7 +115,7 @@ def test_a_sum_is_terms_times_a_mean(matrix: str) -> None:
         close(curve(total, matrix, "layer"), factor * curve(case, matrix, "layer"))
 
 
-@pytest.mark.parametrize("matrix", matrices.names())
+@pytest.mark.parametrize("matrix", OF_A_BATCH)
 @pytest.mark.parametrize("name", ["mse", "bce"])
 def test_a_sum_over_outputs_is_terms_times_outputs_times_a_mean(name: str, matrix: str) -> None:
     """Identity 8: N K, where torch's mean is over N rows and K outputs; (N K)^2 and, per term, N K^2 for squares of true gradients; inputs know no loss."""

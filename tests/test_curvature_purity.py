@@ -23,8 +23,7 @@ import dense
 import dense_cells
 import precond
 from nets import CASES, Case, normal
-from pairs import LEFT, PAIRS, SAMPLED, entries, exactly, hosts
-from precond import matrices
+from pairs import LEFT, OF_A_BATCH, PAIRS, SAMPLED, entries, exactly, hosts
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 
@@ -146,7 +145,7 @@ def test_no_tensor_stays_alive(matrix: str, repr: str) -> None:
     assert alive() == alive()
 
 
-@pytest.mark.parametrize("matrix", matrices.names())
+@pytest.mark.parametrize("matrix", OF_A_BATCH)
 def test_an_attached_preconditioner_does_not_notice(matrix: str) -> None:
     case, steps = CASES["mlp"], []
     for look in (False, True):

@@ -167,3 +167,36 @@ def test_shared_rows_leave_the_loss_the_gradient_and_a_second_preconditioner_alo
         preconditioner.step()
     close(kept[1].operators["model"].to_dense(), kept[2].operators["model"].to_dense())
     close(kept[0].operators["model"].to_dense(), positions("each", "empirical_fisher", "full"))
+
+
+class Encodings(nn.Module):
+    """A Linear of position encodings, called once for all examples, or once an example."""
+
+    def __init__(self, each: bool) -> None:
+        super().__init__()
+        self.each = each
+        self.tokens, self.positions, self.head = nn.Embedding(5, 3), nn.Linear(2, 3), nn.Linear(3, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        encodings = normal(1, tokens.shape[1], 2, seed=4)
+        encodings = encodings.expand(len(tokens), -1, -1) if self.each else encodings
+        return self.head(torch.tanh((self.tokens(tokens) + self.positions(encodings)).cumsum(1))).transpose(1, 2)
+
+
+def test_secant_pairs_of_layers_see_shared_rows_as_one_an_example() -> None:
+    """Those of `kron_io` watch the layers once more after the update."""
+
+    def run(each: bool) -> list[Tensor]:
+        model, criterion = seeded(lambda: Encodings(each)), nn.CrossEntropyLoss()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        preconditioner = precond.Preconditioner(
+            matrix="bfgs_hessian", repr="kron_io", solver="bfgs", damping=1e-2, history=0.9, rows={"positions": "shared"}
+        )
+        preconditioner.attach(model, criterion, optimizer)
+        for _ in range(4):
+            optimizer.zero_grad()
+            criterion(model(TOKENS), NEXT).backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    close(run(False), run(True))

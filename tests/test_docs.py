@@ -1,6 +1,8 @@
 """Claims about the pages in docs/: every block of Python in them runs, one after another, and what they define is right.
 
+- So does the section of the README on Hugging Face, and it observes every step.
 - The blocks of a page share one namespace; registries and the random state are put back afterwards.
+- The layers of `layers.md` have the oracle's matrix by their registered rules, as by the generic one.
 - The Poisson likelihood of `likelihoods.md` has autograd's gradient and Hessian, its draws have them as mean and covariance by enumeration,
   and `precond.curvature` with it is the oracle's, for every reduction.
 """
@@ -19,7 +21,9 @@ from torch import nn
 
 import dense
 import precond
-from nets import normal
+from nets import labels, normal, seeded
+from precond import layers
+from precond.layers import registration
 from precond.likelihoods import exact_columns
 from training import net
 
@@ -32,17 +36,22 @@ close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 def registries() -> Iterator[None]:
     axes = [axis.REGISTRY for axis in (precond.likelihoods, precond.matrices, precond.representations, precond.solvers)]
     saved = [dict(registry._members) for registry in axes]
+    rules = dict(registration._RULES)
     with torch.random.fork_rng(devices=[]):
         yield
+    registration._RULES.clear()
+    registration._RULES.update(rules)
     for registry, members in zip(axes, saved, strict=True):
         registry._members.clear()
         registry._members.update(members)
 
 
-def run(page: Path) -> dict[str, Any]:
+def run(page: Path, section: str = "") -> dict[str, Any]:
     namespace: dict[str, Any] = {"__name__": page.stem}
     text = page.read_text()
-    for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+    start = text.index(section)
+    end = text.find("\n## ", start + 1) if section else len(text)
+    for block in re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE).finditer(text, start, end):
         padding = "\n" * text[: block.start(1)].count("\n")  # so that a traceback has the line of the page
         exec(compile(padding + block.group(1), page, "exec"), namespace)
     return namespace
@@ -52,6 +61,22 @@ def run(page: Path) -> dict[str, Any]:
 def test_the_code_of_a_page_runs(page: Path) -> None:
     torch.manual_seed(0)
     assert run(page)
+
+
+def test_the_hugging_face_section_of_the_readme_runs() -> None:
+    torch.manual_seed(0)
+    assert run(DOCS.parent / "README.md", "## Hugging Face\n")["preconditioner"].diagnostics["observations"] == 3
+
+
+@pytest.mark.parametrize(("name", "repr"), [("Blend", "layer"), ("Rolled", "layer"), ("Rolled", "unit")])
+def test_the_layers_of_the_page_are_exact(name: str, repr: str) -> None:
+    layer = run(DOCS / "layers.md")[name]
+    model = seeded(lambda: nn.Sequential(layer(4) if name == "Blend" else layer(4, 4), nn.Tanh(), nn.Linear(4, 3)))
+    assert layers.resolve_rule(model[0]) is not layers.GENERIC
+    x, y = normal(5, 4), labels(3, 5)
+    M = dense.ggn(model, nn.CrossEntropyLoss(), x, y)
+    want = dense.project_layer(M, model) if repr == "layer" else dense.project_unit(M, model)
+    close(precond.curvature(model, nn.CrossEntropyLoss(), x, y, matrix="ggn", repr=repr).to_dense(), want)
 
 
 @pytest.fixture

@@ -66,6 +66,20 @@ def test_every_way_to_the_gram_and_to_products_equals_the_rows_by_loops(
         assert_close(Gram([(a, g)]).right(B[:, 0]), U.T @ B[:, 0], **EXACT)
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared_inputs", "own_inputs"])
+def test_every_way_takes_stacks(shared: bool) -> None:
+    a, g = draw(1 if shared else 3, 2, 3, 2), draw(3, 4, 3, 5, seed=1)
+    U = torch.stack([outer_rows(a[0 if shared else i], g[i]) for i in range(3)])
+    piece = OuterRows(a, g)
+    for gram in (piece.gram(), piece._by_positions(), piece._by_gradients()):
+        assert_close(gram, U @ U.mT, **EXACT)
+    one = OuterRows(a[:, :, :1], g[:, :, :1])
+    assert_close(one.gram(), one._by_gradients(), **EXACT)
+    V, B = draw(3, 10, 2), draw(3, 4, 2)
+    assert_close(piece.left(V), U @ V, **EXACT)
+    assert_close(piece.right(B), U.mT @ B, **EXACT)
+
+
 @pytest.mark.parametrize("chunk", [1, 2**20])
 def test_an_embedding_is_a_layer_on_one_hot_rows(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram_pieces, "CHUNK", chunk)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import dense
 import precond
 from nets import CASES, Case, labels, normal, seeded
-from pairs import LEFT, exactly, valid
+from pairs import LEFT, OF_A_BATCH, exactly, valid
 from precond import matrices
 from precond.representations import KronIO
 
@@ -73,7 +73,7 @@ def test_2_not_with_smooth_activations_norms_ties_and_repeated_layers(name: str)
 
 
 @pytest.mark.parametrize(
-    ("matrix", "repr"), [(m, r) for m in matrices.names() for r in ("full", "layer", "unit", "diagonal") if valid(m, r)]
+    ("matrix", "repr"), [(m, r) for m in OF_A_BATCH for r in ("full", "layer", "unit", "diagonal") if valid(m, r)]
 )
 @pytest.mark.parametrize("name", ["mlp", "mse", "bce"])
 def test_12_symmetric_and_all_but_the_hessian_semi_definite(name: str, matrix: str, repr: str) -> None:
@@ -99,7 +99,7 @@ def test_12_ranks_are_bounded_by_examples_and_outputs() -> None:
     assert rank("mlp", "hessian") > N * (C - 1)
 
 
-LINEAR = [m for m in matrices.names() if m not in ("abs_hessian", "input_second_moment", "ggn_recursive")]
+LINEAR = [m for m in OF_A_BATCH if m not in ("abs_hessian", "input_second_moment", "ggn_recursive")]
 
 
 @pytest.mark.parametrize("matrix", LINEAR)

@@ -158,9 +158,13 @@ def in_parts(model: nn.Module, criterion: None, tokens: Tensor, target: Tensor) 
         model(input_ids=tokens[part], labels=target[part], num_items_in_batch=items).loss.backward()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+PAIRED = {repr: partial(make, "bfgs_hessian", repr, "bfgs", 1e-2, history=0.9) for repr in ("full", "kron_io")}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *PAIRED])
 def test_the_training_run_is_that_of_a_criterion_outside(kind: str) -> None:
-    close(train(KINDS[kind], theirs, False), train(KINDS[kind], outside, True))
+    build = {**KINDS, **PAIRED}[kind]
+    close(train(build, theirs, False), train(build, outside, True))
 
 
 @pytest.mark.parametrize("weights", ["normalised", "given"])

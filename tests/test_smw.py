@@ -229,6 +229,20 @@ def test_good_conditioning_stays_in_float32() -> None:
     assert SMW(complement="zero").init(C, Tikhonov(0.0))["values"].dtype == torch.float32, "nothing cancels in a pseudo-inverse"
 
 
+def test_conditioning_is_that_of_the_weighted_rows() -> None:
+    V = torch.linalg.qr(draw(6, 6))[0].T[:3].float()
+    weights = torch.tensor([1e8, 1e7, 1e6])
+    assert SMW().init(LowRank(V, weights), Tikhonov(1.0))["factor"].dtype == torch.float64
+    assert SMW().init(LowRank(V, torch.diag(weights)), Tikhonov(1.0))["values"].dtype == torch.float64
+    assert SMW().init(LowRank(V), Tikhonov(1.0))["factor"].dtype == torch.float32
+
+
+def test_a_tolerance_is_relative_to_each_matrix_of_a_stack() -> None:
+    U = torch.stack([eye(2), 1e-3 * eye(2)]) * torch.tensor([[1.0], [0.1]], dtype=torch.float64)  # eigenvalues 1, 1e-2, 1e-6, 1e-8
+    P = inverse(LowRank(U), solver=SMW(tolerance=0.1, complement="zero"))
+    assert_close(P.diagonal(), torch.tensor([1.0, 0.0, 1e6, 0.0], dtype=torch.float64), **EXACT)
+
+
 def test_options_are_checked_when_made() -> None:
     for options, message in (
         ({"power": 0.0}, "positive and finite"),

@@ -88,7 +88,7 @@ def update_inverse(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
 
 
 def _towards(moved: Tensor, goal: Tensor, inner: Tensor, size: Tensor, mu: float) -> Tensor:
-    """theta moved + (1 - theta) goal with the theta at which the inner product is mu times the size; as it was where it is not less."""
+    """The vector theta moved + (1 - theta) goal with the theta at which the inner product is mu times the size; as it was where it is not less."""
     short = inner < mu * size
     theta = torch.where(short, (1 - mu) * _safe(size, size - inner), 1.0)[..., None]
     return theta * moved + (1 - theta) * goal

@@ -29,7 +29,6 @@ from precond.observe import (
 from precond.plan import Plan
 
 
-
 @dataclass(frozen=True)
 class Measured:
     """Columns that were reduced in the loss hook: statistics by block."""

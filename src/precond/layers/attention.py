@@ -41,7 +41,7 @@ def _module(seen: LayerColumns) -> nn.MultiheadAttention:
 
 
 def tokens(seen: LayerColumns) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value as (N, length, width), in at least float32."""
+    """Query, key and value as (N, length, width), in at least float32; one tensor three times where the call was on one."""
     module, given = _module(seen), _arguments(seen)
     inputs: list[Tensor] = [given[name] for name in ("query", "key", "value")]
     if inputs[0].dim() != 3:
@@ -49,8 +49,10 @@ def tokens(seen: LayerColumns) -> tuple[Tensor, Tensor, Tensor]:
             f"layer {seen.name!r} (MultiheadAttention) takes a query without a batch: give it a 3-dimensional one (unsqueeze for a single "
             f"example), or leave it out with overrides={{{seen.name!r}: None}}."
         )
+    if len({(x.data_ptr(), x.shape, x.stride()) for x in inputs}) == 1:
+        inputs = [wide(inputs[0])] * 3
     q, k, v = (wide(x if module.batch_first else x.transpose(0, 1)) for x in inputs)
-    return q, k, v
+    return (q, q, q) if inputs[0] is inputs[1] is inputs[2] else (q, k, v)
 
 
 def _refused(module: nn.MultiheadAttention) -> str | None:
@@ -93,7 +95,9 @@ def attend(seen: LayerColumns) -> Attended:
     module, inputs = _module(seen), tokens(seen)
     reason = _refused(module)
     if reason is not None:
-        raise ObservationError(f"layer {seen.name!r} (MultiheadAttention) is refused: {reason}; or leave it out, overrides={{{seen.name!r}: None}}.")
+        raise ObservationError(
+            f"layer {seen.name!r} (MultiheadAttention) is refused: {reason}; or leave it out, overrides={{{seen.name!r}: None}}."
+        )
     leaves = []
     for i, x in enumerate(inputs):
         weight = _parameter(module, "weight", i)
@@ -159,7 +163,7 @@ class InProjection(OfAttention):
 
     def inputs(self, seen: LayerColumns) -> Tensor | Ragged:
         inputs = tokens(seen)
-        if all(x.data_ptr() == inputs[0].data_ptr() and x.shape == inputs[0].shape for x in inputs):
+        if inputs[0] is inputs[1] is inputs[2]:
             return inputs[0].expand(3, *inputs[0].shape)
         if len({x.shape[1] for x in inputs}) == 1:
             return torch.stack(inputs)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from precond.layers.base import channel_input, channel_rows, output_grad, example_rows
+from precond.layers.base import channel_input, channel_rows, example_rows, output_grad
 from precond.layers.linear import LinearRule
 from precond.layers.registration import register
 from precond.observe import LayerColumns

@@ -120,7 +120,8 @@ def _runs_alone(module: nn.Module) -> bool:
 def _still(module: nn.Module) -> Iterator[None]:
     """Run it as in the call: no power iteration of a spectral norm goes on, and a weight that an old hook left on a module is put back."""
     made = [m for p in module.modules() if isinstance(p, parametrize.ParametrizationList) for m in p.modules()]
-    hooked = [(m, hook.name) for m in module.modules() for hook in m._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm))]
+    hooks = [(m, hook) for m in module.modules() for hook in m._forward_pre_hooks.values()]
+    hooked = [(m, hook.name) for m, hook in hooks if isinstance(hook, (WeightNorm, SpectralNorm))]
     modes = [(m, m.training) for m in (*made, *(m for m, _ in hooked))]
     weights = [(m, name, m.__dict__.get(name)) for m, name in hooked]
     for m, _ in modes:
@@ -169,7 +170,8 @@ def _over_examples(pull: Pull, mapped: Tensors, columns: list[Tensor], shapes: M
     try:
         by_column = torch.func.vmap(lambda e, c: pull(e, c), in_dims=(None, 0))
         out: Tensors = torch.func.vmap(by_column, in_dims=(0, 1), out_dims=1)(mapped, columns)
-        if all(g.shape == (count, examples, *shapes[n]) for n, g in out.items()):  # some of torch's batching rules broadcast what they should not
+        # some of torch's batching rules broadcast what they should not
+        if all(g.shape == (count, examples, *shapes[n]) for n, g in out.items()):
             return out
     except (RuntimeError, ValueError) as error:
         if "out of memory" in str(error):

@@ -51,7 +51,7 @@ class BFGSHessian(Matrix):
     def __post_init__(self) -> None:
         if self.pairs not in get_args(Pairs):
             raise ValueError(f"BFGSHessian(pairs={self.pairs!r}): choose one of {', '.join(map(repr, get_args(Pairs)))}.")
-        self.rule  # refuses what has no meaning
+        _ = self.rule  # refuses what has no meaning
 
     @property
     def supplies(self) -> tuple[Kind, ...]:

@@ -69,8 +69,10 @@ def _replayed_columns(part: CriterionCall, observer: Observer, layers: frozenset
 
 
 def _watch(forward: Forward, observer: Observer, name: str) -> Any:
-    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        forward.calls.append(observer.call(name, module, args, kwargs, output))
+    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        args, kwargs, handed_on = observer.spread(name, args, kwargs, output, forward.batch)
+        forward.calls.append(observer.call(name, module, args, kwargs, handed_on))
+        return None if handed_on is output else handed_on
 
     return seen
 

@@ -23,8 +23,8 @@ from precond.representations.base import (
     zeros,
 )
 from precond.representations.centring import deviation, first_moment
-from precond.representations.unshared import unshared_rows
 from precond.representations.secant import over_pairs
+from precond.representations.unshared import unshared_rows
 from precond.statistics import Stat
 
 

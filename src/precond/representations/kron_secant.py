@@ -111,7 +111,8 @@ class KronSecant(Representation):
 
 
 def _groups(block: Block) -> int:
-    return int(getattr(next(iter(block.layers.values())).module, "groups", 1))
+    layer = next(iter(block.layers.values()))
+    return layer.rule.groups(layer.module)
 
 
 def _inputs(part: Part, block: Block) -> tuple[int, Tensor | float]:

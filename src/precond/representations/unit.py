@@ -11,11 +11,20 @@ from torch import Tensor
 from precond.blocks import Block
 from precond.observe import Columns, Factors, Gradient, Kind, Observation, Product
 from precond.operators import Dense, Operator
-from precond.representations.base import REGISTRY, Representation, Statistics, mean_gradient, product_columns, refuse_kind, weighted_gradients, zeros
+from precond.representations.base import (
+    REGISTRY,
+    Representation,
+    Statistics,
+    mean_gradient,
+    product_columns,
+    refuse_kind,
+    weighted_gradients,
+    zeros,
+)
 from precond.representations.centring import deviation, first_moment
 from precond.representations.inputs import unit_blocks
-from precond.representations.unshared import unshared_rows
 from precond.representations.secant import over_pairs
+from precond.representations.unshared import unshared_rows
 from precond.statistics import Stat
 
 

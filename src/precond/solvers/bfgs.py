@@ -85,7 +85,9 @@ class BFGS(Solver):
     def _inverse(self, A: Tensor) -> Tensor:
         L, info = torch.linalg.cholesky_ex((A + A.mT) / 2)
         if bool((info != 0).any()):
-            raise SolverFailure(f"the {self.name} solver starts from the inverse of a matrix {tuple(A.shape)} that is not positive definite: increase the damping.")
+            raise SolverFailure(
+                f"the {self.name} solver starts from the inverse of a matrix {tuple(A.shape)} that is not positive definite: increase the damping."
+            )
         return torch.cholesky_inverse(L)
 
     def _apply(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:

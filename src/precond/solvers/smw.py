@@ -36,9 +36,10 @@ class SMW(Solver):
         power: p > 0.
         complement: what becomes of directions orthogonal to the rows: "damped" like the rest, so that the damping must be positive; or
             "zero", the pseudo-inverse, which may do without damping, as in the released code of GGT.
-        tolerance: eigenvalues of C up to this multiple of the largest count as zero, beside those within rounding of it.
-        threshold: eigenvalues of C up to this one count as zero.
-        promote: use float64 where the damping is below this multiple of the largest diagonal entry of the Gram matrix.
+        tolerance: eigenvalues of C up to this multiple of the largest, of a stack in each matrix, count as zero, beside those within
+            rounding of it.
+        threshold: eigenvalues of C up to this one count as zero. Either of the two, and the pseudo-inverse, take negative ones as zero.
+        promote: use float64 where the damping is below this multiple of the largest diagonal entry of the (weighted) Gram matrix.
 
     Raises:
         SolverFailure: the damped operator is singular, indefinite or not finite.
@@ -76,7 +77,7 @@ class SMW(Solver):
         if not self._cuts:
             return damping(operator, self.power)
         eigen = _eigen(operator)
-        kept = eigen.values > torch.clamp(self.tolerance * eigen.values.amax(), min=self.threshold)
+        kept = eigen.values > torch.clamp(self.tolerance * eigen.values.amax(-1, keepdim=True), min=self.threshold)
         eigen = LowRankEigen(eigen.rows, eigen.vectors, torch.where(kept, eigen.values, eigen.rest), eigen.rest)
         damped = _eigen(damping(eigen, self.power))
         if self.complement == "damped":
@@ -86,7 +87,8 @@ class SMW(Solver):
 
     def _refresh(self, state: State, operator: Operator, damping: Damping) -> State:
         damped, rows = self.damped(operator, damping), _rows(operator)
-        if rows.dtype != torch.float64 and bool(self._smallest(rows, damped) < self.promote * rows.gram.diagonal(dim1=-2, dim2=-1).max()):
+        diagonal = rows.weigh(rows.gram).diagonal(dim1=-2, dim2=-1)
+        if rows.dtype != torch.float64 and bool(self._smallest(rows, damped) < self.promote * diagonal.abs().max()):
             operator = _widen(operator)
             damped = self.damped(operator, damping)
         can_factorise = self.power == 1 and isinstance(damped, Shifted) and isinstance(damped.operator, RowForm)
