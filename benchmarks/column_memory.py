@@ -4,7 +4,8 @@ Run `python benchmarks/column_memory.py` (--help for the options). What is measu
 
 * "step": forward, backward and update with `torch.optim.SGD(lr=0, momentum=0.9)`, two steps, building the network included;
 * "ggn x kron_io": `precond.curvature` of the same network on the same batch, building the network included. It sends back one column a
-  class, a few at a time, and adds each to its factors, so its peak should not depend on the number of classes;
+  class, a few at a time, and adds each to its factors. Memory is recorded while it sends the first --columns of them, as every further
+  one does the same again; time is that of all of them;
 * "factors": the bytes of the result, which any way to take it holds in the end;
 * memory: the most bytes that tensors hold at once, temporaries included (`precond.compare.memory`);
 * time: wall time of one call. Sending back a column is a backward pass without weight gradients, so "floor" is that pass alone, by plain
@@ -20,9 +21,10 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +99,25 @@ def step(name: str, classes: int, inputs: Tensor, targets: Tensor, count: int) -
     return work
 
 
-def curvature(name: str, classes: int, inputs: Tensor, targets: Tensor) -> precond.operators.Operator:
+@dataclass(frozen=True, kw_only=True)
+class FirstColumns(precond.matrices.get("ggn")):  # type: ignore[misc]
+    """The first `columns` columns of the Gauss-Newton matrix; all of them where it is None."""
+
+    columns: int | None = None
+
+    def chunks(self, context: Any, limit: int) -> Iterator[Tensor]:
+        sent = 0
+        for chunk in super().chunks(context, limit):
+            yield chunk
+            sent += len(chunk)
+            if self.columns is not None and sent >= self.columns:
+                return
+
+
+def curvature(name: str, classes: int, inputs: Tensor, targets: Tensor, columns: int | None = None) -> precond.operators.Operator:
     model = network(name, classes)[0].to(inputs.device)
-    return precond.curvature(model, nn.CrossEntropyLoss(), inputs, targets, matrix="ggn", repr="kron_io", seed=0)
+    matrix = FirstColumns(columns=columns)
+    return precond.curvature(model, nn.CrossEntropyLoss(), inputs, targets, matrix=matrix, repr="kron_io", seed=0)
 
 
 def floor(name: str, classes: int, inputs: Tensor) -> float:
@@ -124,12 +142,12 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, batch: int, classes: int, device: torch.device) -> Row:
+def measure(name: str, batch: int, classes: int, columns: int, device: torch.device) -> Row:
     model, shape = network(name, classes)
     inputs, targets = torch.randn(batch, *shape, device=device), torch.randint(classes, (batch,), device=device)
     plain = peak_bytes(step(name, classes, inputs, targets, 2), device)
     found: list[precond.operators.Operator] = []
-    ours = peak_bytes(lambda: found.append(curvature(name, classes, inputs, targets)), device)
+    ours = peak_bytes(lambda: found.append(curvature(name, classes, inputs, targets, columns)), device)
     held = sum(t.numel() * t.element_size() for t in found[0].blocks.values() for t in t.tensors())  # type: ignore[attr-defined]
     found.clear()
     training = seconds(step(name, classes, inputs, targets, 5), device) / 5
@@ -156,6 +174,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=("mlp", "conv", "resnet"), default=["mlp", "conv", "resnet"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--columns", type=int, default=32, help="how many are sent back while memory is recorded")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
@@ -163,7 +182,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     device = torch.device(options.device)
-    rows = [measure(name, options.batch, options.classes, device) for name in options.networks]
+    rows = [measure(name, options.batch, options.classes, options.columns, device) for name in options.networks]
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores, {options.threads} threads"
     about = {"batch": options.batch, "classes": options.classes, "machine": f"{platform.machine()} {on}, torch {torch.__version__}"}
     within = all(row.ratio <= BUDGET for row in rows)

@@ -55,7 +55,7 @@ def batched_by_terms(model: nn.Module, criterion: Criterion, inputs: dense.Input
 def has_inputs(model: nn.Module, layer: str, names: list[str]) -> bool:
     """Whether a layer's parameters `names` have a moment of inputs."""
     module, weight = model.get_submodule(layer), f"{layer}.weight" if layer else "weight"
-    if not (isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) or hasattr(module, "nf")) or weight not in names:
+    if not (isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding) or hasattr(module, "nf")) or weight not in names:
         return False
     users = [other for other in model.modules() if getattr(other, "weight", None) is module.weight]
     return all(type(other) is type(module) for other in users)

@@ -132,7 +132,7 @@ def test_saved_and_gone_on_is_exact_to_the_bit(history: History) -> None:
 @every
 def test_nothing_waits_for_the_device(history: History) -> None:
     x, valid = torch.empty(2, 2, device="meta"), torch.empty((), dtype=torch.bool, device="meta")  # reading these on the host raises
-    spec = {name: SPEC[name] for name in ("A", "d", "m")} | ({"U": SPEC["U"]} if history.supports("rows") else {})
+    spec = {name: SPEC[name] for name in ("A", "d", "m")} | ({"U": SPEC["U"]} if history.supports(SPEC["U"]) else {})
     kept: Statistics | None = None
     for _ in range(2):
         kept = history.merge(kept, dict.fromkeys(spec, x), spec, valid)
@@ -176,7 +176,7 @@ def test_the_initial_value_of_a_sum_follows_the_form_and_enters_once() -> None:
 
 @pytest.mark.parametrize("history", [Ema(0.9), Sum(), Mean()])
 def test_rows_do_not_average(history: History) -> None:
-    assert not history.supports("rows") and history.supports("mean") and history.supports("local")
+    assert not history.supports(SPEC["U"]) and history.supports(SPEC["m"]) and history.supports(SPEC["live"])
     with pytest.raises(InvalidCombination, match="rows do not average"):
         history.merge(None, {"U": XS[0]}, SPEC)
 
@@ -188,7 +188,7 @@ def test_a_window_of_rows_holds_the_last_observations_each_with_its_number_of_ro
         last = torch.cat(rows[:steps][-2:])
         assert_close(read(Window(2), kept, "U"), last / min(steps, 2) ** 0.5, **EXACT)
         assert_close(read(Window(2, reduction="sum"), kept, "U"), last, **EXACT)
-    assert Window(2).supports("rows") and Local().supports("rows")
+    assert Window(2).supports(SPEC["U"]) and Local().supports(SPEC["U"])
     assert_close(read(Local(), run(Local(), rows, "U"), "U"), rows[-1])
 
 

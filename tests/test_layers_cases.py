@@ -1,7 +1,8 @@
 """Claims about every layer inside a network, float64 at 1e-10: layer x representation x matrix against the dense oracle.
 
 - The GGN and the empirical Fisher matrix, whole, by unit, by element and by dimension of each tensor, are projections of the oracle's;
-  K-FAC is that of the oracle's plain loops, expand and reduce, or the fallback that the oracle says.
+  K-FAC is that of the oracle's plain loops, expand and reduce, EK-FAC has the exact diagonal in its basis, or both the fallback that the
+  oracle says.
 - Every parameter that is trained has a block, and the self-check of a training step accepts the layer.
 - A rule by family exists for every family of the table in `docs/layers.md`, and each has a case.
 """
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 import dense
 import dense_cells
+import dense_derived
 import dense_kron
 import precond
-from layer_cases import ATTENTION, CONVOLUTIONS, LAYERS, OTHERS, TRANSPOSED
+from layer_cases import ATTENTION, CONVOLUTIONS, EMBEDDINGS, LAYERS, OTHERS, TRANSPOSED
 from nets import Case
 from precond.layers.registration import _RULES
 from precond.representations import KronIO
@@ -66,9 +68,20 @@ def test_a_layer_has_the_oracles_kronecker_factors(case: Case, matrix: str) -> N
     close(curve(case, matrix, "kron_io").to_dense(), dense_cells.kron_io(case, matrix))
 
 
+@pytest.mark.parametrize("case", CONVOLUTIONS + TRANSPOSED + EMBEDDINGS[:1] + ATTENTION + OTHERS, ids=lambda case: case.name)
+def test_a_layer_has_the_oracles_spectrum_in_the_basis_of_its_factors(case: Case) -> None:
+    close(curve(case, "ggn", "kron_eigen").to_dense(), dense_cells.kron_io(case, "ggn", corrected=True))
+
+
 @pytest.mark.parametrize("case", CONVOLUTIONS + TRANSPOSED + ATTENTION + OTHERS, ids=lambda case: case.name)
 def test_a_layer_has_the_oracles_reduced_factors(case: Case) -> None:
     close(curve(case, "ggn", KronIO(sharing="reduce")).to_dense(), dense_cells.kron_io(case, "ggn", sharing="reduce"))
+
+
+@pytest.mark.parametrize("repr", ["layer", "unit", "kron_io"])
+@pytest.mark.parametrize("case", [*CONVOLUTIONS, LAYERS["hf"], LAYERS["lora"]], ids=lambda case: case.name)
+def test_a_layer_has_the_oracles_moment_of_inputs(case: Case, repr: str) -> None:
+    close(curve(case, "input_second_moment", repr).to_dense(), dense_derived.input_second_moment(case.make(), None, case.inputs))
 
 
 @every_case

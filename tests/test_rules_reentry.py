@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import dense
 from precond import ObservationError
-from precond.observe import guard, observer, recorder, selfcheck
+from precond.observe import catch, guard, observer, recorder
 from training import (
     EXACT,
     KINDS,
@@ -72,7 +72,7 @@ def test_two_preconditioners_share_a_model_and_an_optimizer() -> None:
 
 def test_without_the_guard_one_would_see_the_passes_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = shared(*reversed(pair()), steps=1)  # the empirical Fisher's tensor hooks are on when the other's pass comes by
-    for module in (guard, observer, recorder, selfcheck):
+    for module in (catch, guard, observer, recorder):
         monkeypatch.setattr(module, "busy", lambda: False)
     with pytest.raises(ObservationError, match=r"gradient of '2\.weight'"):
         shared(*reversed(pair()), steps=1)

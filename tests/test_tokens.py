@@ -179,7 +179,7 @@ def test_the_expectation_over_all_joint_labellings_is_the_fisher_matrix(monkeypa
 def test_kronecker_factors_of_every_layout_are_the_oracles(
     matrix: str, sharing: str, criterion: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(dense_cells.ALL, f"tokens-{criterion}", case(criterion))
+    monkeypatch.setitem(dense_cells.EVERY, f"tokens-{criterion}", case(criterion))
     preconditioner = make(matrix, KronIO(sharing=sharing), damping=1e-2)
     trained(preconditioner, CRITERIA[criterion], layout)
     M, model = dense_cells.kron_io(case(criterion), matrix, sharing=sharing), middle()

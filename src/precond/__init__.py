@@ -4,6 +4,7 @@ direction = (C, damped) ^ (-power) applied to the gradient
 """
 
 from precond import damping, history, layers, likelihoods, matrices, operators, representations, solvers, transforms
+from precond.auto import Auto
 from precond.catalog import Recipe, load_recipe, recipe, recipes
 from precond.cells import Cell, combinations
 from precond.errors import (
@@ -23,7 +24,7 @@ from precond.standalone import curvature
 __version__ = "0.1.0"
 
 __all__ = [
-    "Cell", "InvalidCombination", "NeedsTrajectory", "ObservationError", "PrecondError", "Preconditioner", "Recipe", "RefreshFailure",
+    "Auto", "Cell", "InvalidCombination", "NeedsTrajectory", "ObservationError", "PrecondError", "Preconditioner", "Recipe", "RefreshFailure",
     "SolverFailure", "UnknownName", "UsageError", "combinations", "curvature", "damping", "history", "inverse", "layers", "likelihoods",
     "load_recipe", "matrices", "operators", "recipe", "recipes", "representations", "solvers", "transforms",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from precond.operators import (
     Probed,
     Secant,
     SecantKronecker,
+    SecantMemory,
     Sparse,
     SparsePrecision,
 )
@@ -89,6 +90,7 @@ def specimen(structure: type[Operator]) -> Operator:
     made: dict[type[Operator], Operator] = {
         Dense: Dense(eye), Diagonal: Diagonal(torch.ones(2)), Kronecker: Kronecker(eye, eye), KroneckerEigen: KroneckerEigen((eye, eye), eye + 1),
         Secant: Secant(eye, *eye), SecantKronecker: SecantKronecker(Secant(eye, *eye), Probed(eye, torch.ones(2))),
+        SecantMemory: SecantMemory(eye, eye, torch.ones(())),
         Gram: Gram([eye]), KroneckerSum: KroneckerSum(eye, eye), LowRank: LowRank(eye), LowRankEigen: LowRank(eye).spectral(),
         Sparse: Sparse(torch.zeros(2, 1, dtype=torch.long), torch.ones(1), 2),
         SparsePrecision: SparsePrecision(torch.ones(2, 1, 1), torch.zeros(2, 0, dtype=torch.long)),

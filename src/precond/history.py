@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from precond.errors import UnknownName
-from precond.merging import COUNT, WEIGHT, Accumulator, History, check_shape, divide
+from precond.merging import COUNT, WEIGHT, Accumulator, History, average, check_shape, divide
 from precond.registry import closest
-from precond.statistics import Kind, Stat, Statistics
+from precond.statistics import GRAM, Stat, Statistics
 
 __all__ = ["COUNT", "WEIGHT", "Ema", "History", "Local", "Mean", "Sum", "Window", "resolve"]
 
@@ -19,8 +20,6 @@ __all__ = ["COUNT", "WEIGHT", "Ema", "History", "Local", "Mean", "Sum", "Window"
 @dataclass(frozen=True, kw_only=True)
 class Local(History):
     """The last observation alone."""
-
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"mean", "rows", "local"})
 
     def _merge(self, result: Statistics, name: str, x: Tensor, stat: Stat, valid: Tensor) -> None:
         old: Tensor | None = result.get(name)
@@ -120,7 +119,7 @@ class Window(History):
     """The last m observations, as in M-FAC and GGT.
 
     Entries averaged are kept as a stack of m. Rows are concatenated, oldest first, and scaled so that rows^T rows is the mean over the
-    observations (M-FAC) or their sum (GGT). An invalid observation is left out; where it brings another number of rows than the one it
+    observations (M-FAC) or their sum (GGT); their Gram matrix, where it is asked for, rolls with them: n p a new row where there are n. An invalid observation is left out; where it brings another number of rows than the one it
     would push out, it takes a place of zeros in the window instead, with weight 0, since the device decides what is valid and the host
     what the shapes are.
 
@@ -138,8 +137,6 @@ class Window(History):
 
     m: int
     reduction: Literal["mean", "sum"] = "mean"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"mean", "rows", "local"})
-
     def __post_init__(self) -> None:
         if isinstance(self.m, bool) or not isinstance(self.m, int) or self.m < 1:
             raise ValueError(f"a Window holds a whole number of observations, at least 1, not {self.m!r}.")
@@ -156,17 +153,48 @@ class Window(History):
         else:
             # how many rows each place has: on the CPU, where shapes are known
             counts = result.get(name + COUNT, torch.zeros(self.m, dtype=torch.int64))
-            stack = result.get(name, x[:0])
-            new = torch.cat([stack[int(counts[0]) :], x])
+            stack, gone = result.get(name, x[:0]), int(counts[0])
+            if len(stack) and len(x) and stack.shape[1:] != x.shape[1:]:
+                raise ValueError(
+                    f"the rows {name!r} changed their shape from {tuple(stack.shape[1:])} to {tuple(x.shape[1:])}, so that one window cannot hold "
+                    "both: give all batches the same length, or use history='local'."
+                )
+            new = torch.cat([part for part in (stack[gone:], x) if len(part)] or [x])
             exchangeable = bool((counts == x.shape[0]).all())
             result[name + COUNT] = torch.cat([counts[1:], torch.tensor([x.shape[0]])])
+            if stat.gram:
+                old = result.get(name + GRAM)
+                rolled = _rolled(old, new, gone, len(x))
+                result[name + GRAM] = rolled if old is None or not exchangeable else torch.where(valid, rolled, old)
         result[name] = torch.where(valid, new, stack) if exchangeable else new
         result[name + WEIGHT] = torch.where(valid, pushed, weight) if exchangeable else pushed
 
     def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
         value: Tensor = statistics[name]
-        weight = statistics[name + WEIGHT].sum() if self.reduction == "mean" else torch.ones((), dtype=torch.float64, device=value.device)
-        return divide(value.sum(0), weight) if stat.kind == "mean" else divide(value, weight.sqrt())
+        weight = self._weight(statistics, name)
+        return divide(value.sum(0), weight) if stat.kind == "mean" else average(value, weight, stat)
+
+    def _weight(self, statistics: Statistics, name: str) -> Tensor:
+        weights: Tensor = statistics[name + WEIGHT]
+        return weights.sum() if self.reduction == "mean" else torch.ones((), dtype=torch.float64, device=weights.device)
+
+    def read(self, statistics: Statistics, spec: Mapping[str, Stat]) -> Statistics:
+        grams = {
+            name + GRAM: divide(statistics[name + GRAM], self._weight(statistics, name) ** stat.degree)
+            for name, stat in spec.items() if stat.gram and name + GRAM in statistics
+        }  # fmt: skip
+        return super().read(statistics, spec) | grams
+
+
+def _rolled(old: Tensor | None, rows: Tensor, gone: int, new: int) -> Tensor:
+    """The Gram matrix (*batch, n, n) of rows (n, *batch, p) whose last `new` are new, from the old one, whose first `gone` rows left."""
+    stack = rows.movedim(0, -2)
+    kept = len(rows) - new
+    added = stack @ stack[..., kept:, :].mT
+    if old is None:
+        return added if not kept else stack @ stack.mT
+    top = torch.cat([old[..., gone:, gone:], added[..., :kept, :]], -1)
+    return torch.cat([top, added.mT], -2)
 
 
 def resolve(history: str | float | History) -> History:

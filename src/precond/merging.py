@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from precond.errors import InvalidCombination
-from precond.statistics import Kind, Stat, Statistics
+from precond.statistics import Stat, Statistics
 
 WEIGHT = ".weight"
 """Suffix of the weight that lies beside an averaged entry."""
@@ -27,11 +26,9 @@ class History(ABC):
     A new history writes `_merge` and `_read`, of one entry.
     """
 
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"mean", "local"})
-
-    def supports(self, kind: Kind) -> bool:
-        """Whether it can merge entries of a kind."""
-        return kind == "state" or kind in self.kinds
+    def supports(self, stat: Stat) -> bool:
+        """Whether it can merge such entries."""
+        return True
 
     def merge(self, old: Statistics | None, new: Statistics, spec: Mapping[str, Stat], valid: Tensor | None = None) -> Statistics:
         """The statistics after one more observation; entries not in `new` stay as they are.
@@ -49,9 +46,10 @@ class History(ABC):
         result = dict(old or {})
         for name, x in new.items():
             stat = _stat(name, spec)
-            if not self.supports(stat.kind):
+            if not self.supports(stat):
                 raise InvalidCombination(
-                    f"{type(self).__name__} history cannot merge {name!r}: rows do not average; use history='local' or Window(m)."
+                    f"{type(self).__name__} history cannot merge {name!r}: rows do not average, unless a rank, an energy or a tolerance bounds their "
+                    "number; else use history='local' or Window(m)."
                 )
             if stat.kind == "local":
                 result[name] = x
@@ -79,7 +77,13 @@ class History(ABC):
 
 
 class Accumulator(History):
-    """A history that keeps a running value keep * old + take * x and, by the same rule, its weight keep * weight + take * 1."""
+    """A history that keeps a running value keep * old + take * x and, by the same rule, its weight keep * weight + take * 1.
+
+    Rows stand for U^T U, and are truncated at each observation so that they do not grow without end.
+    """
+
+    def supports(self, stat: Stat) -> bool:
+        return stat.kind != "rows" or (stat.truncation is not None and stat.truncation.cuts)
 
     @abstractmethod
     def _rates(self, result: Statistics, name: str, x: Tensor, valid: Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -90,17 +94,25 @@ class Accumulator(History):
 
     def _merge(self, result: Statistics, name: str, x: Tensor, stat: Stat, valid: Tensor) -> None:
         if name not in result:
-            result[name] = self._start(x, stat)
+            result[name] = x[:0] if stat.kind == "rows" else self._start(x, stat)
             result[name + WEIGHT] = torch.zeros((), dtype=torch.float64, device=x.device)
         value, weight = result[name], result[name + WEIGHT]
-        check_shape(name, value, x)
         keep, take = self._rates(result, name, x, valid)
         keep = torch.where(valid, torch.as_tensor(keep, dtype=torch.float64, device=x.device), 1.0)
-        result[name] = value * keep.to(value.dtype) + x * (take.to(x.dtype) if isinstance(take, Tensor) else take)  # x is zero where it is not valid
+        if stat.kind == "rows":
+            result[name] = self._append(name, value, x, stat, keep, torch.as_tensor(take, dtype=torch.float64, device=x.device))
+        else:
+            check_shape(name, value, x)
+            result[name] = value * keep.to(value.dtype) + x * (take.to(x.dtype) if isinstance(take, Tensor) else take)  # x is zero where it is not valid
         result[name + WEIGHT] = keep * weight + valid * torch.as_tensor(take, dtype=torch.float64, device=x.device)
 
+    def _append(self, name: str, value: Tensor, x: Tensor, stat: Stat, keep: Tensor, take: Tensor) -> Tensor:
+        """Rows of keep V^T V + take x^T x, truncated: the best approximation of their number at each step, never above the exact sum."""
+        assert stat.truncation is not None
+        return stat.truncation.append(value * stat.scale(keep).to(value.dtype), x * stat.scale(take).to(x.dtype))
+
     def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
-        return divide(statistics[name], statistics[name + WEIGHT])
+        return average(statistics[name], statistics[name + WEIGHT], stat)
 
 
 def _stat(name: str, spec: Mapping[str, Stat]) -> Stat:
@@ -118,3 +130,8 @@ def check_shape(name: str, old: Tensor, new: Tensor) -> None:
 def divide(value: Tensor, weight: Tensor) -> Tensor:
     """The ratio, and zeros where there is no weight yet."""
     return value / torch.where(weight > 0, weight, 1.0).to(value.dtype)
+
+
+def average(value: Tensor, weight: Tensor, stat: Stat) -> Tensor:
+    """What stands for C / weight where `value` stands for C."""
+    return divide(value, stat.scale(weight) if stat.kind == "rows" else weight)

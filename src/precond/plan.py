@@ -6,18 +6,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from precond import cells
+from precond.auto import Auto
 from precond.blocks import Block, Partition
 from precond.damping import Damping, resolve
 from precond.errors import InvalidCombination, ObservationError, UsageError
 from precond.layers import GENERIC
 from precond.matrices import REGISTRY as MATRICES
 from precond.matrices import Matrix
-from precond.observe import Columns, Demand, Kind, Part
+from precond.observe import Columns, Demand, Kind, Part, Reduce, Reduced
 from precond.representations import REGISTRY as REPRESENTATIONS
 from precond.representations import Representation
 from precond.solvers import REGISTRY as SOLVERS
@@ -29,12 +31,21 @@ _OPTIONS = ("matrix", "repr", "solver", "damping")
 
 @dataclass(frozen=True)
 class Triple:
-    """One cell with its damping as the user gave it."""
+    """One cell with its damping as the user gave it. auto: chooses the representation by layer; `repr` is then the best it may choose."""
 
     matrix: Matrix
     repr: Representation
     solver: Solver
     damping: float | Damping
+    auto: Auto | None = None
+
+    @classmethod
+    def make(cls, matrix: Any, repr: Any, solver: Any, damping: float | Damping) -> Triple:
+        """From names or instances."""
+        made, solved = MATRICES.create(matrix), SOLVERS.create(solver)
+        auto = Auto() if repr == "auto" else repr if isinstance(repr, Auto) else None
+        held = REPRESENTATIONS.create(repr) if auto is None else auto.most_faithful(made, solved, damping)
+        return cls(made, held, solved, damping, auto)
 
     def check(self) -> Kind:
         return cells.check(self.matrix, self.repr, self.solver, self.damping)
@@ -43,15 +54,15 @@ class Triple:
         unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
             raise InvalidCombination(f"an override has the options {', '.join(_OPTIONS)}, not {', '.join(unknown)}.")
-        return Triple(
-            MATRICES.create(options.get("matrix", self.matrix)), REPRESENTATIONS.create(options.get("repr", self.repr)),
-            SOLVERS.create(options.get("solver", self.solver)), options.get("damping", self.damping),
+        return Triple.make(
+            options.get("matrix", self.matrix), options.get("repr", self.auto or self.repr), options.get("solver", self.solver),
+            options.get("damping", self.damping),
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """A block with its members; `note` says why it fell back where it did."""
+    """A block with its members; `note` says why it has not the representation that the user named, where it has not."""
 
     block: Block
     matrix: Matrix
@@ -117,17 +128,29 @@ class _Draft:
             yield Demand(matrix, kind, frozenset(layers), params, _reducer(matrix, kind, blocks))
 
 
-def _reducer(matrix: Matrix, kind: Kind, blocks: Sequence[BlockPlan]) -> Callable[[Part], dict[str, dict[str, Tensor]]] | None:
+def _reducer(matrix: Matrix, kind: Kind, blocks: Sequence[BlockPlan]) -> dict[frozenset[str], Reduce] | None:
     """Columns to statistics at once, where all blocks of a demand keep means that add over columns."""
     stats = [s for b in blocks for s in b.repr.statistics(b.block).values()]
     if kind != "columns" or any(b.repr.stages != ("all",) for b in blocks) or any(s.kind != "mean" for s in stats):
         return None
 
-    def reduce(part: Part) -> dict[str, dict[str, Tensor]]:
+    def reduce(mine: Sequence[BlockPlan], part: Part) -> Reduced:
         observation = Columns((part,), part.share, matrix.centred)
-        return {b.block.name: b.repr.measure("all", observation, b.block, {}) for b in blocks}
+        return {b.block.name: b.repr.measure("all", observation, b.block, {}) for b in mine}
 
-    return reduce
+    return {layers: partial(reduce, mine) for layers, mine in _by_layers(blocks)}
+
+
+def _by_layers(blocks: Sequence[BlockPlan]) -> list[tuple[frozenset[str], list[BlockPlan]]]:
+    """Blocks in groups, such that no two groups share a layer."""
+    groups: list[tuple[frozenset[str], list[BlockPlan]]] = []
+    for block in blocks:
+        layers, mine = frozenset(block.block.layers), [block]
+        for other in [g for g in groups if g[0] & layers]:
+            groups.remove(other)
+            layers, mine = layers | other[0], other[1] + mine
+        groups.append((layers, mine))
+    return groups
 
 
 def make_plan(partition: Partition, default: Triple, overrides: Overrides | None, strict: bool) -> Plan:
@@ -192,6 +215,16 @@ def _plan_group(draft: _Draft, triple: Triple, owners: Sequence[str]) -> None:
             if reason is not None:
                 draft.leave(owner, f"matrix {triple.matrix.name!r} is made of layer inputs that a weight multiplies, and {reason}")
         owners = [owner for owner in owners if _why_no_inputs(partition, owner) is None]
+    if triple.auto is not None:
+        allotted = triple.auto.allot(partition, triple, owners)
+        for owner in owners:
+            if owner not in allotted:
+                draft.leave(owner, "none of the representations to choose from can host it")
+                continue
+            chosen, note = allotted[owner]
+            for block in partition.blocks([owner], chosen.repr.scope):
+                draft.add(block, chosen, chosen.check(), note)
+        return
     if triple.repr.scope == "model":
         for block in partition.blocks(owners, "model"):
             draft.add(block, triple, kind)
@@ -240,7 +273,7 @@ def _fall_back(draft: _Draft, triple: Triple, owner: str, block: Block, reason: 
         return
     for fallback in draft.partition.blocks([owner], representation.scope):
         if set(fallback.names) <= set(block.names):
-            draft.add(fallback, instead, instead.check(), f"{triple.repr.name}: {reason}")
+            draft.add(fallback, instead, instead.check(), f"fallback from {triple.repr.name}: {reason}")
 
 
 def _refuse_layers(partition: Partition, demands: Sequence[Demand]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from precond import likelihoods, saving
+from precond.auto import Auto
 from precond.blockstate import BlockState
 from precond.damping import Damping
 from precond.description import Description, describe
@@ -17,7 +18,6 @@ from precond.distributed import Group, unwrap
 from precond.errors import UsageError
 from precond.history import History
 from precond.likelihoods import Likelihood
-from precond.matrices import REGISTRY as MATRICES
 from precond.matrices import Matrix
 from precond.observe import LossReader
 from precond.operators import Operator
@@ -25,10 +25,8 @@ from precond.optimizer_hooks import OptimizerHooks
 from precond.options import BeforeStart, Interval, LossWeights, OnNonfinite, make_options
 from precond.plan import Overrides, Triple
 from precond.progress import Progress
-from precond.representations import REGISTRY as REPRESENTATIONS
 from precond.representations import Representation
 from precond.session import Session
-from precond.solvers import REGISTRY as SOLVERS
 from precond.solvers import Solver
 from precond.transforms import Transform
 
@@ -39,7 +37,8 @@ class Preconditioner:
     """Rewrites p.grad to (C + damping)^(-power) p.grad, C = a matrix, in a representation, inverted by a solver.
 
     Args:
-        matrix, repr, solver: a name, or an instance with options of its own. An invalid cell raises here.
+        matrix, repr, solver: a name, or an instance with options of its own. An invalid cell raises here. repr="auto", or
+            `precond.Auto(budget=...)`, chooses by layer what a budget of memory allows.
         damping: a number, or an object of `precond.damping`.
         transforms: objects of `precond.transforms`, applied around the preconditioner in order.
         history: "local" (this step alone), the weight of the old value in a bias-corrected average, or an object of
@@ -73,14 +72,14 @@ class Preconditioner:
     """
 
     def __init__(
-        self, *, matrix: str | Matrix | type[Matrix], repr: str | Representation | type[Representation],
+        self, *, matrix: str | Matrix | type[Matrix], repr: str | Representation | type[Representation] | Auto,
         solver: str | Solver | type[Solver], damping: float | Damping = 1e-3, transforms: Sequence[Transform] | None = None,
         history: str | float | History = "local", curvature_interval: Interval = 1, solver_interval: Interval | None = None,
         start_step: int = 0, before_start: BeforeStart = "gradient", overrides: Overrides | None = None, strict: bool = False,
         loss_weights: LossWeights = "normalised", on_nonfinite: OnNonfinite = "zero", seed: int | None = None,
         rows: Mapping[str, str] | None = None, self_check: bool = True,
     ) -> None:  # fmt: skip
-        self.triple = Triple(MATRICES.create(matrix), REPRESENTATIONS.create(repr), SOLVERS.create(solver), damping)
+        self.triple = Triple.make(matrix, repr, solver, damping)
         self.triple.check()
         self.options = make_options(
             self.triple.repr, transforms=transforms, history=history, curvature_interval=curvature_interval, solver_interval=solver_interval,

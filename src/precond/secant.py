@@ -43,14 +43,17 @@ class PairRule:
 
     def direct(self, B: Tensor, s: Tensor, y: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """B after the pair, and whether the pair counted (*batch). first: whether none has counted yet (*batch)."""
-        if self.powell:
-            Bs = _times(B, s)
-            y = _towards(y, Bs, _dot(s, y), _dot(s, Bs), self.powell)
-        y = self._second(s, y)
-        counts = self._counts(s, y)
+        y, counts = self.damp(s, y, _times(B, s) if self.powell else s)
         if self.scale_initial:
             B = B * torch.where(first & counts, _safe(_dot(y, y), _dot(s, y)), 1.0)[..., None, None]
         return torch.where(counts[..., None, None], update_direct(B, s, y), B), counts
+
+    def damp(self, s: Tensor, y: Tensor, Bs: Tensor) -> tuple[Tensor, Tensor]:
+        """y, damped against B s, and whether the pair counts."""
+        if self.powell:
+            y = _towards(y, Bs, _dot(s, y), _dot(s, Bs), self.powell)
+        y = self._second(s, y)
+        return y, self._counts(s, y)
 
     def inverse(self, H: Tensor, s: Tensor, y: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """H, the inverse, after the pair, and whether the pair counted."""

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from precond import likelihoods
+<<<<<<< /work/main/src/precond/standalone.py
+from precond.auto import Auto
 from precond.blocks import Partition
+=======
+from precond.blocks import Block, Partition
+>>>>>>> /tmp/dev2/src/precond/standalone.py
 from precond.blockstate import BlockState
 from precond.distributed import Group, unwrap
 from precond.errors import NeedsTrajectory, ObservationError, UsageError
 from precond.history import Local
 from precond.likelihoods import Likelihood
-from precond.matrices import REGISTRY as MATRICES
 from precond.matrices import Matrix
 from precond.observe import Observer, Pair, Tensors, differentiate_batch
 from precond.operators import BlockDiagonal
 from precond.plan import Plan, Triple, make_plan
-from precond.representations import REGISTRY as REPRESENTATIONS
 from precond.representations import Representation
 from precond.solvers import CG
 from precond.update import Assembly
@@ -33,7 +36,7 @@ SecantPair = tuple[Tensor | Mapping[str, Tensor], Tensor | Mapping[str, Tensor]]
 
 def curvature(
     model: nn.Module, criterion: nn.Module, inputs: Any = None, targets: Targets | None = None, *, matrix: str | Matrix | type[Matrix],
-    repr: str | Representation | type[Representation], seed: int | None = None, exact: bool = False,
+    repr: str | Representation | type[Representation] | Auto, seed: int | None = None, exact: bool = False,
     batches: Iterable[Batch] | None = None, pairs: Iterable[SecantPair] | None = None, strict: bool = False, rows: Mapping[str, str] | None = None,
 ) -> BlockDiagonal:  # fmt: skip
     """A curvature matrix in a representation, at the model's present parameters.
@@ -41,6 +44,7 @@ def curvature(
     Pure: no `.grad`, generator, hook, mode or buffer of the model differs afterwards.
 
     Args:
+        model: returns a tensor, or an object or dict whose `logits`, or whose only tensor with a gradient, the criterion takes.
         inputs: a tensor, or a tuple or dict of them for the model's call. targets: as the criterion
             takes them; a tuple where it takes more than a target, as (target, var) of nn.GaussianNLLLoss.
         batches: instead, an iterable of (inputs, targets), of unequal sizes if need be: a mean loss weighs each by its
@@ -64,7 +68,7 @@ def curvature(
     likelihood = likelihoods.resolve(criterion)
     plain = unwrap(model)
     # any solver will do: the cell's other two axes are what is asked for
-    triple = Triple(MATRICES.create(matrix), REPRESENTATIONS.create(repr), CG(), 0.0)
+    triple = Triple.make(matrix, repr, CG(), 0.0)
     trajectory = _trajectory(triple.matrix, pairs)
     plan = make_plan(Partition(plain), triple, None, strict)
     if trajectory and inputs is None and batches is None and all(b.kind != "layer_secant" for b in plan.blocks):
@@ -164,10 +168,26 @@ def _names(plan: Plan) -> list[str]:
 def _whole(states: Sequence[BlockState], plan: Plan) -> BlockDiagonal:
     total = sum(p.numel for p in plan.partition.parameters.values())
     device = next(iter(plan.partition.tensors.values())).device
-    return BlockDiagonal(
-        {b.plan.block.name: b.operator() for b in states},
-        {b.plan.block.name: b.plan.block.positions().to(device) for b in states}, total,
-    )  # fmt: skip
+    return BlockDiagonal({b.name: b.operator() for b in states}, _Positions({b.name: b.plan.block for b in states}, device), total)
+
+
+class _Positions(Mapping[str, Tensor]):
+    """Where the coordinates of each block stand in the model's order, made when they are asked for."""
+
+    def __init__(self, blocks: Mapping[str, Block], device: torch.device) -> None:
+        self._blocks, self._device = blocks, device
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            self._made[name] = self._blocks[name].positions().to(self._device)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

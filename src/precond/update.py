@@ -184,10 +184,11 @@ class Assembly:
             for block in chosen:
                 block.prepare(stage)
             measured = [_measure(b, stage, observations[b.plan.demand]) for b in chosen]
-        flags = [finite(new, _device(block)) for block, new in zip(chosen, measured, strict=True)]
+        flags = [finite(new, _device(b)) & _weighed(observations[b.plan.demand], _device(b)) for b, new in zip(chosen, measured, strict=True)]
         valid = self._reduce(chosen, observations, measured, flags)
-        for block, new, flag in zip(chosen, measured, valid, strict=True):
-            block.merge(new, flag)
+        for i, (block, flag) in enumerate(zip(chosen, valid, strict=True)):
+            block.merge(measured[i], flag)
+            measured[i] = {}  # freed block by block: a second set of statistics is never held
         return valid
 
     def _reduce(
@@ -236,9 +237,14 @@ def _observed(block: BlockState, observation: Observation | Measured) -> bool:
     return not isinstance(observation, Measured) or block.name in observation.blocks
 
 
+def _weighed(observation: Observation | Measured, device: torch.device) -> Tensor:
+    """Whether the weights of the parts have a sum that can be divided by."""
+    return (observation.weight.isfinite() & (observation.weight != 0)).to(device)
+
+
 def _measure(block: BlockState, stage: str, observation: Observation | Measured) -> dict[str, Any]:
     if isinstance(observation, Measured):
-        return dict(observation.blocks[block.name])
+        return observation.blocks.pop(block.name)  # taken out once: what it holds is then the history's
     return block.plan.repr.measure(stage, observation, block.plan.block, block.statistics)
 
 

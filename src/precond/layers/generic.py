@@ -20,7 +20,8 @@ from precond.observe import LayerColumns, Tensors, own_pass, tensors_in
 
 def example_dim(module: nn.Module, name: str, tensor: Tensor, batch: int) -> int | None:
     """The dimension of an argument that enumerates examples; None: the same for all of them."""
-    if isinstance(module, nn.RNNBase) and name.split(".")[0] in ("1", "hx"):  # the initial state is (layers, batch, hidden), whatever batch_first
+    # the initial state is (layers, batch, hidden), whatever batch_first
+    if isinstance(module, nn.RNNBase) and name.split(".")[0] in ("1", "hx"):
         return 1
     if isinstance(module, nn.MultiheadAttention) and name in ("attn_mask", "5"):
         return None
@@ -77,7 +78,7 @@ class Generic(Rule):
             if module.training and isinstance(rate, float) and rate > 0:
                 return f"its dropout ({name or type(inner).__name__}, rate {rate}) would draw other masks when the module is run again by example"
             if isinstance(inner, nn.modules.batchnorm._BatchNorm) and (inner.training or inner.running_mean is None):
-                return f"its {type(inner).__name__} {name!r} normalises by the batch, which mixes the examples that are to be run one by one"
+                return f"its {type(inner).__name__} {name!r} normalises by the batch, and so mixes the examples that are to be run one by one"
             if not _runs_alone(inner):
                 return f"its {type(inner).__name__} {name!r} rewrites its weight or divides its gradient by counts of the batch"
         return None
@@ -153,7 +154,7 @@ def _pullback(seen: LayerColumns, names: Sequence[str], dims: dict[str, int | No
         kwargs = {n: _argument(values, n) for n in seen.kwargs}
 
         def run(free: Tensors) -> tuple[Tensor, ...]:
-            outputs = list(tensors_in(torch.func.functional_call(module, {**held, **free}, args, kwargs)))
+            outputs = list(tensors_in(torch.func.functional_call(module, {**held, **free}, args, kwargs, tie_weights=False)))
             return tuple(outputs[i] for i in used)
 
         back = torch.func.vjp(run, free)[1]

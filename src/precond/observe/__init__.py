@@ -3,7 +3,7 @@
 from precond.observe.assemble import TermWeights, chained, columns, factors, product, reduced, sampled_gradient, term_weights
 from precond.observe.batch import differentiate_batch
 from precond.observe.chain import Link, why_no_chain
-from precond.observe.demand import Context, Demand
+from precond.observe.demand import Context, Demand, Reduce, Reduced
 from precond.observe.grouping import by_layer
 from precond.observe.guard import busy, own_pass
 from precond.observe.hooks import Handles, Hook
@@ -35,7 +35,7 @@ from precond.observe.truth import true_columns
 
 __all__ = [
     "SHARED", "Columns", "Context", "CriterionCall", "Demand", "Factors", "Forward", "Gradient", "Handles", "Hook", "Kind", "LayerColumns",
-    "Link", "LossReader", "Moved", "Observation", "Observer", "OwnLoss", "Pair", "Part", "Product", "SelfCheck", "Slope", "Tensors",
+    "Link", "LossReader", "Moved", "Observation", "Observer", "OwnLoss", "Pair", "Part", "Product", "Reduce", "Reduced", "SelfCheck", "Slope", "Tensors",
     "TermWeights", "batched_grad", "busy", "by_layer", "canonical", "chained", "check_slope", "columns", "differentiate_batch", "factors",
     "field_of", "keyed_generator", "moved_columns", "moved_slope", "nested_columns", "own_pass", "product", "reduced", "sampled_gradient",
     "slope", "tensors_in", "term_weights", "true_columns", "weight", "why_no_chain",

@@ -39,10 +39,15 @@ def columns(observer: Observer, number: int) -> Columns:
 
 
 def reduced(observer: Observer, number: int) -> tuple[dict[str, dict[str, Tensor]], Tensor] | None:
-    """Statistics by block that were reduced in the loss hook, normalised by the weights of the parts, and the sum of weights."""
+    """Statistics by block that were reduced in the loss hook, normalised by the weights of the parts, and the sum of weights.
+
+    Of a single part they are its own: who takes one out and drops it frees it.
+    """
     parts, total = _weighted(observer)
     if any(number not in p.reduced for p in parts):
         return None
+    if len(parts) == 1:  # its share is 1, and a copy would hold a second set of factors
+        return parts[0].reduced[number], total
     out: dict[str, dict[str, Tensor]] = {}
     for part in parts:
         share = _weight(part) / total

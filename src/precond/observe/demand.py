@@ -48,15 +48,16 @@ Reduce = Callable[[Part], Reduced]
 class Demand:
     """One matrix, the kind of observation resolved for it, and the layers whose blocks need it.
 
-    reduce: from some columns of one criterion call to statistics by block, which add over columns; where every block
-    can, columns are reduced a few at a time in the loss hook and never held together.
+    reduce: from some columns of one criterion call to statistics by block, which add over columns: one function for each
+    group of layers that share no block with another. Where every block can, columns are reduced a few at a time in the
+    loss hook and never held together.
     """
 
     matrix: Source
     kind: Kind
     layers: frozenset[str]
     params: Mapping[str, nn.Parameter] = field(default_factory=dict, compare=False)
-    reduce: Reduce | None = field(default=None, compare=False)
+    reduce: Mapping[frozenset[str], Reduce] | None = field(default=None, compare=False)
 
     @property
     def backward(self) -> bool:

@@ -32,8 +32,6 @@ class LayerColumns:
     training: bool
     batch: int
     rows: str | None = None
-    once: dict[str, Any] = field(default_factory=dict, compare=False)
-    """What depends on the inputs alone, kept while the columns of one call come a few at a time."""
 
     @property
     def input(self) -> Tensor:
@@ -50,13 +48,15 @@ class LayerColumns:
 class Part:
     """One differentiated criterion call: sum over terms times `scale` is its matrix, `share` its weight in the step.
 
-    share: 0-dim, the weights of the parts divided by their sum. scale: 0-dim, 1 / terms for a mean, 1 for a sum.
+    share: 0-dim, the weights of the parts divided by their sum. scale: 0-dim, 1 / terms for a mean, 1 for a sum. first: False
+    for further columns of a call that come a few at a time, whose inputs have been counted.
     """
 
     share: Tensor
     scale: Tensor
     batch: int
     layers: Mapping[str, tuple[LayerColumns, ...]]
+    first: bool = True
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ It turns events into records, and records into the observations that matrices ar
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,14 +35,15 @@ from precond.observe.hooks import Hook
 from precond.observe.matching import find_forward, refuse_reentrant_checkpoint
 from precond.observe.observation import LayerColumns, Part, Tensors
 from precond.observe.own_loss import LossReader
-from precond.observe.passes import batched_grad, nested_columns
+from precond.observe.passes import batched_grad, grouped, nested_columns
 from precond.observe.randomness import keyed_generator
 from precond.observe.recorder import Recorder
 from precond.observe.records import CriterionCall
 from precond.observe.selfcheck import SelfCheck
+from precond.observe.streaming import streamed
 
 Target = Tensor | tuple[Any, ...]
-_COLUMN_ELEMENTS = 1 << 20  # numbers at the outputs of all layers that columns may hold at once, however small the model
+_COLUMN_ELEMENTS = 1 << 18  # numbers at the outputs of all layers that columns may hold at once, however small the model
 
 
 class Observer(Recorder):
@@ -176,28 +179,36 @@ class Observer(Recorder):
         demand = self.demands[number]
         return nested_columns(part, demand.matrix.cotangents(self.context(part, number)), demand.layers)
 
-    def reduced(self, part: CriterionCall, number: int, reduce: Reduce) -> Reduced:
-        """The statistics of demand `number`, from as many columns at a time as hold about as much as the forward pass does."""
+    def reduced(self, part: CriterionCall, number: int, groups: Mapping[frozenset[str], Reduce]) -> Reduced:
+        """The statistics of demand `number`, from few columns at a time: as many as are small beside the forward pass, else one.
+
+        One column is reduced group by group on its way back, so that what is held of it is a layer's, not the network's.
+        """
         demand, total = self.demands[number], Reduced()
-        limit = self._limit(part, demand)
+        limit, first = self._limit(part, demand), True
         assert part.scale is not None
-        one = torch.ones_like(part.scale)
-        for cotangents in demand.matrix.chunks(self.context(part, number), limit):
-            seen = nested_columns(part, cotangents, demand.layers)
+        one, scale = torch.ones_like(part.scale), part.scale
+
+        def add(layers: frozenset[str], seen: Sequence[LayerColumns]) -> None:
             with torch.no_grad(), full_precision(part.output.device.type):
-                found = reduce(Part(one, part.scale, part.forward.batch, by_layer(seen)))
+                found = groups[layers](Part(one, scale, part.forward.batch, by_layer(seen), first))
             for block, statistics in found.items():
-                old = total.get(block)
-                total[block] = statistics if old is None else {name: old[name] + value for name, value in statistics.items()}
-        for call in part.forward.calls:
-            call.once.clear()
+                mine = total.setdefault(block, {})
+                for name, value in statistics.items():
+                    mine[name] = mine[name].add_(value) if name in mine else value
+
+        with contextlib.ExitStack() as stack:
+            send = stack.enter_context(streamed(part, list(groups), add)) if limit == 1 else partial(grouped, part, list(groups), add)
+            for cotangents in demand.matrix.chunks(self.context(part, number), limit):
+                send(cotangents)
+                first = False
         return total
 
     def _limit(self, part: CriterionCall, demand: Demand) -> int:
-        """How many columns hold about as much at the outputs of a demand's layers as the forward pass does."""
+        """How many columns, at the outputs of a demand's layers, are small beside what the forward pass and the weights take."""
         size = sum(call.size for call in part.forward.calls if call.name in demand.layers)
         weights = sum(p.numel() for p in self.params)
-        return max(1, _COLUMN_ELEMENTS // max(1, size), size and weights // (2 * size))
+        return max(1, _COLUMN_ELEMENTS // max(1, size), size and weights // (4 * size))
 
     def chained(self, part: CriterionCall, number: int) -> ChainSums:
         """What the call adds to the recursion of demand `number` over the layers of a sequential model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,3 +57,16 @@ def nested_columns(call: CriterionCall, cotangents: Tensor, layers: frozenset[st
         for (i, j), grad in zip(owners, found, strict=True):
             grads[i][j] = None if grad is None else grad.detach()
     return [c.columns(g, call.forward.batch) for c, g in zip(calls, grads, strict=True)]
+
+
+Take = Callable[[frozenset[str], Sequence[LayerColumns]], None]
+"""What is done with the columns of a group of layers."""
+
+
+def grouped(call: CriterionCall, groups: Sequence[frozenset[str]], take: Take, cotangents: Tensor) -> None:
+    """Send (K, *output.shape) cotangents back in one pass, and hand the columns over group by group."""
+    found = nested_columns(call, cotangents, frozenset().union(*groups))
+    for layers in groups:
+        mine = [seen for seen in found if seen.name in layers]
+        found = [seen for seen in found if seen.name not in layers]
+        take(layers, mine)

@@ -45,7 +45,6 @@ class Call:
     slots: list[list[tuple[int, Tensor]]]
     versions: tuple[int, ...]
     size: int = 0  # numbers in its outputs
-    once: dict[str, Any] = field(default_factory=dict)
 
     def resolve(self, nodes: Mapping[int, Any]) -> list[GradientEdge | None]:
         """The edges, with those at the model's output taken from the nodes found by walking back from the criterion."""
@@ -61,7 +60,7 @@ class Call:
                 f"the input of layer {self.name!r} was changed in place after the layer read it, so its curvature would be wrong: "
                 f"clone it first, or leave the layer out with overrides={{{self.name!r}: None}}."
             )
-        return LayerColumns(self.name, self.module, self.args, self.kwargs, tuple(grads), self.training, batch, self.rows, self.once)
+        return LayerColumns(self.name, self.module, self.args, self.kwargs, tuple(grads), self.training, batch, self.rows)
 
 
 @dataclass

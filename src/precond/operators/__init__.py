@@ -18,6 +18,7 @@ from precond.operators.modes import mode_products, outer
 from precond.operators.packing import pack, unpack
 from precond.operators.row_form import RowForm
 from precond.operators.secant import Probed, Secant, SecantKronecker
+from precond.operators.secant_memory import SecantMemory
 from precond.operators.shifted import RootShifted, Shifted
 from precond.operators.sparse import Sparse
 from precond.operators.sparse_precision import SparsePrecision
@@ -42,6 +43,7 @@ __all__ = [
     "RowForm",
     "Secant",
     "SecantKronecker",
+    "SecantMemory",
     "Shifted",
     "Sparse",
     "SparsePrecision",

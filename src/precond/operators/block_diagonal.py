@@ -17,6 +17,7 @@ class BlockDiagonal(Operator):
     Args:
         blocks: name to operator.
         positions: name to the indices, in the whole vector, of the block's coordinates in the block's order; None: one block after another.
+            Any mapping but a dict is left unread until a product asks: the indices are twice the size of the vector.
         n: the size of the whole; None: as many as the blocks have.
 
     >>> from precond.operators import Diagonal
@@ -31,9 +32,9 @@ class BlockDiagonal(Operator):
         self.blocks = dict(blocks)
         total = sum(block.n for block in self.blocks.values())
         self._n = total if n is None else n
-        self.positions = self._consecutive() if positions is None else {name: positions[name] for name in self.blocks}
+        self.positions: Mapping[str, Tensor] = self._consecutive() if positions is None else positions
         self.live = any(block.live for block in self.blocks.values())
-        for name, block in self.blocks.items():
+        for name, block in self.blocks.items() if isinstance(self.positions, dict) else ():
             if self.positions[name].shape != (block.n,):
                 raise ValueError(f"block {name!r} has {block.n} coordinates but positions of shape {tuple(self.positions[name].shape)}.")
         if total > self._n:

@@ -3,17 +3,20 @@
 from precond.representations.base import REGISTRY, Representation
 from precond.representations.diagonal import Diagonal
 from precond.representations.full import Full
+from precond.representations.full_low_rank import FullLowRank
 from precond.representations.kron_dim import KronDim
 from precond.representations.kron_eigen import KronEigen
 from precond.representations.kron_io import KronIO
 from precond.representations.layer import Layer
+from precond.representations.layer_low_rank import LayerLowRank
 from precond.representations.matrix_free import MatrixFree
 from precond.representations.unit import Unit
+from precond.representations.unit_low_rank import UnitLowRank
 
 names = REGISTRY.names
 get = REGISTRY.get
 register = REGISTRY.register
 
 __all__ = [
-    "REGISTRY", "Diagonal", "Full", "KronDim", "KronEigen", "KronIO", "Layer", "MatrixFree", "Representation", "Unit", "get", "names", "register",
+    "REGISTRY", "Diagonal", "Full", "FullLowRank", "KronDim", "KronEigen", "KronIO", "Layer", "LayerLowRank", "MatrixFree", "Representation", "Unit", "UnitLowRank", "get", "names", "register",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,18 +14,14 @@ from precond.observe import Factors, Part
 from precond.representations.outputs import output_moment
 
 InputRows = Tensor | OneHot | Ragged
+_ROW_ELEMENTS = 1 << 18  # numbers in the rows that are formed, or copied into another layout, at once
 
 
-def input_rows(part: Part, block: Block, *, check: bool = False) -> list[InputRows]:
-    """The inputs (G, N, R, in') of every call, with the homogeneous coordinate where the block has a bias.
-
-    check: refuse layers whose leading dimension is not the batch.
-    """
+def input_rows(part: Part, block: Block) -> list[InputRows]:
+    """The inputs (G, N, R, in') of every call, with the homogeneous coordinate where the block has a bias."""
     rows: list[InputRows] = []
     bias = block.names[-1] if block.homogeneous else None
     for layer, seen in block.calls(part):
-        if check:
-            layer.rule.check(seen)
         a = layer.rule.inputs(seen)
         # 0 for a use of a tied weight that has no share in the block's bias
         one = 1.0 if bias in layer.parameters.values() else 0.0
@@ -74,21 +70,48 @@ def input_sums(rows: Sequence[InputRows], dtype: torch.dtype) -> tuple[Tensor, T
         return counts, counts.sum()
     given = [_with_mask(r) for r in rows if not isinstance(r, OneHot)]
     number = torch.stack([mask.sum((1, 2)) for _, mask in given]).sum(0)
-    return second_moment([a.flatten(1, 2) for a, _ in given]), number[:, None, None] if len(number) > 1 else number[0]
+    return second_moment([a for a, _ in given]), number[:, None, None] if len(number) > 1 else number[0]
 
 
 def second_moment(rows: Sequence[Tensor]) -> Tensor:
-    """Sum over rows of x x^T: (G, n, d) -> (G, d, d), (d, d) for one group."""
-    total = _square(rows[0])
-    for x in rows[1:]:
-        total = total + _square(x)
+    """Sum over rows of x x^T: each (G, M, R, d) -> (G, d, d), (d, d) for one group. A large x is not copied into another layout whole."""
+    total: Tensor | None = None
+    for x in rows:
+        # examples at a time, where positions are last, as a convolution leaves them
+        step = x.shape[1] if x.stride(-1) == 1 else _ROW_ELEMENTS // max(1, x[:1, :1].numel())
+        for piece in x.split(max(1, step), 1):
+            square = _square(piece)
+            total = square if total is None else total.add_(square)
+    assert total is not None, "a layer without calls has no moments"
     return total.squeeze(0) if total.shape[0] == 1 else total
 
 
 def _square(x: Tensor) -> Tensor:
     if is_shared(x):
-        return (x[0].T @ x[0]).expand(len(x), -1, -1)
-    return x.transpose(1, 2) @ x
+        return _square(x[:1]).repeat(len(x), 1, 1)
+    if x.stride(-1) != 1 and x.shape[2] >= 4 * x.shape[3]:
+        return (x.mT @ x).sum(1)
+    flat = x.flatten(1, 2)
+    return flat.mT @ flat if len(flat) > 1 else (flat[0].T @ flat[0]).unsqueeze(0)
+
+
+def few_examples(part: Part, block: Block) -> Iterator[Part]:
+    """The part in pieces of few examples, where the rows of a block's inputs are patches, many times the size of the input itself."""
+    calls = [seen for _, seen in block.calls(part)]
+    kernels = {torch.Size(getattr(seen.module, "kernel_size", ())) for seen in calls}
+    sizes = {len(seen.input) if seen.input.dim() > 2 else 0 for seen in calls}
+    kernel, count = min(kernels, key=len, default=()), min(sizes, default=0)
+    if len(kernels) > 1 or len(sizes) > 1 or not kernel or any(s.rows is not None or s.input.dim() != len(kernel) + 2 for s in calls):
+        yield part
+        return
+    step = max(1, _ROW_ELEMENTS // max(1, max(seen.input[:1].numel() for seen in calls) * torch.Size(kernel).numel()))
+    for start in range(0, count, step):
+        end = min(start + step, count)
+        layers = {
+            name: tuple(replace(s, args=(s.input[start:end],), kwargs={}, batch=end - start) for s in part.layers[name])
+            for name in block.layers if name in part.layers
+        }  # fmt: skip
+        yield replace(part, layers=layers)
 
 
 def input_moment(observation: Factors, block: Block) -> Tensor | None:
@@ -96,8 +119,7 @@ def input_moment(observation: Factors, block: Block) -> Tensor | None:
     total: Tensor | None = None
     count = torch.zeros_like(observation.weight)
     for part in observation.parts:
-        rows = input_rows(part, block)
-        if rows:
+        for rows in filter(None, (input_rows(piece, block) for piece in few_examples(part, block))):
             weight = part.share * part.scale
             sums, number = input_sums(rows, _dtype(block))
             total = sums * weight.to(sums.dtype) if total is None else total + sums * weight.to(sums.dtype)

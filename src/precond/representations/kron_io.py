@@ -15,7 +15,7 @@ from precond.layers import Rule as LayerRule
 from precond.observe import Columns, Factors, Kind, Observation, Part
 from precond.operators import Diagonal, Kronecker, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, refuse_kind, zeros
-from precond.representations.inputs import InputRows, averaged, input_rows, input_sums, is_shared, second_moment
+from precond.representations.inputs import InputRows, averaged, few_examples, input_rows, input_sums, is_shared, second_moment
 from precond.representations.kron_secant import KronSecant
 from precond.representations.outputs import output_moment
 from precond.statistics import Form, Stat
@@ -88,43 +88,44 @@ class KronIO(Representation):
             return seen if B is None else seen | {"B": B.to(seen["B"].dtype)}
         if not isinstance(observation, Columns):
             raise refuse_kind(self, observation)
-        sums: list[Tensor] | None = None
+        sums: Statistics = {}
         for part in observation.parts:
-            found = self._sums(part, block)
-            if found is not None:  # every row has the weight of one term, so that any split of a batch has the same mean
-                weighted = [x * (part.share * part.scale).to(x.dtype) for x in found]
-                sums = weighted if sums is None else [x + y for x, y in zip(sums, weighted, strict=True)]
-        if sums is None:
-            return self._absent(block)
-        return dict(zip(("A", "rows", "B"), sums, strict=True))
+            weight = part.share * part.scale  # every row has the weight of one term, so that any split of a batch has the same mean
+            for name, value in self._sums(part, block).items():
+                value.mul_(weight.to(value.dtype))
+                sums[name] = sums[name].add_(value) if name in sums else value
+        return sums or self._absent(block)
 
-    def _sums(self, part: Part, block: Block) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(sum of a a^T, the number of its rows, sum of g g^T) over the calls of one part."""
+    def _sums(self, part: Part, block: Block) -> Statistics:
+        """The sum of a a^T, the number of its rows, and the sum of g g^T over the calls of one part; what is new of them."""
         grads = [layer.rule.outputs(seen) for layer, seen in block.calls(part)]
+        if not grads:
+            return {}
         if self._joins(block):
             grads = [g.movedim(1, 3).flatten(3).unsqueeze(1) for g in grads]
-        moments = self._moments(part, block, grads[0].dtype) if grads else None
-        if moments is None:
-            return None
+        moments = self._moments(part, block, grads[0].dtype) if part.first else None
         if self.sharing == "reduce":
             grads = [torch.stack([g.sum(3) for g in grads]).sum(0).unsqueeze(3)]
-        return *moments, second_moment([_flat_grad(g) for g in grads])
+        outputs = {"B": second_moment([g.transpose(0, 1).flatten(1, 2) for g in grads])}
+        return outputs if moments is None else {"A": moments[0], "rows": moments[1], **outputs}
 
     def _moments(self, part: Part, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """(sum of a a^T, the number of its rows), taken once for all the columns of a call."""
-        calls = list(block.calls(part))
-        if not calls:
-            return None
-        kept, key = calls[0][1].once, f"{block.name}.{self.sharing}"
-        if key not in kept:
-            inputs = input_rows(part, block, check=self.sharing == "reduce")
+        """(sum of a a^T, the number of its rows), from few examples at a time."""
+        total: tuple[Tensor, Tensor] | None = None
+        if self.sharing == "reduce":
+            for layer, seen in block.calls(part):
+                layer.rule.check(seen)
+        for piece in few_examples(part, block):
+            inputs = input_rows(piece, block)
+            if not inputs:
+                continue
             if self._joins(block):
                 inputs = [_one_input(a, block) for a in inputs]
             if self.sharing == "reduce":  # first averaged over positions
                 inputs = averaged(inputs)
-            kept[key] = input_sums(inputs, dtype)
-        found: tuple[Tensor, Tensor] = kept[key]
-        return found
+            found = input_sums(inputs, dtype)
+            total = found if total is None else (total[0].add_(found[0]), total[1] + found[1])
+        return total
 
     def _joins(self, block: Block) -> bool:
         return self.packed == "joint" and _owner_rule(block).packed
@@ -156,11 +157,6 @@ class KronIO(Representation):
 
 def _owner_rule(block: Block) -> LayerRule:
     return next(iter(block.layers.values())).rule
-
-
-def _flat_grad(g: Tensor) -> Tensor:
-    """(K, G, N, R, out) -> (G, K N R, out)."""
-    return g.transpose(0, 1).flatten(1, 3)
 
 
 def _identity(like: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ class KronSecant(Representation):
 
     def hosts(self, block: Block) -> str | None:
         owner = next(iter(block.layers.values()))
-        return self.host.hosts(block) or (None if owner.rule.joint and not owner.rule.packed else "it is stored input first, or several matrices in one")
+        alone = owner.rule.joint and not owner.rule.packed
+        return self.host.hosts(block) or (None if alone else "its weight is stored input first, or is several matrices in one")
 
     def fallback(self, block: Block) -> str:
         return self.host.fallback(block)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond.damping import Damping, Factored, Tikhonov
 from precond.errors import SolverFailure
-from precond.operators import Dense, Diagonal, Kronecker, Operator, Probed, Secant, SecantKronecker, Shifted
+from precond.operators import Dense, Diagonal, Kronecker, Operator, Probed, Secant, SecantKronecker, SecantMemory, Shifted, pack, unpack
 from precond.secant import PairRule
 from precond.solvers.base import REGISTRY, Solver, State
 
@@ -25,7 +25,10 @@ class BFGS(Solver):
     each factor has an H: one with a pair follows it, one with a probe v follows the pair (H v, A H v) and tends to A^-1
     ("Hessian-action" BFGS), any other is inverted. An application is a product with H.
 
-    Sources: Broyden, Fletcher, Goldfarb and Shanno, 1970; Goldfarb, Ren & Bahamou (K-BFGS), 2020.
+    Of the last m pairs (L-BFGS) nothing is carried over: H is their exact inverse in compact form, damped like any other matrix, m^2 n a refresh
+    and 4 m n an application; without damping it is what the two-loop recursion applies.
+
+    Sources: Broyden, Fletcher, Goldfarb and Shanno, 1970; Liu & Nocedal, 1989; Goldfarb, Ren & Bahamou (K-BFGS), 2020.
 
     Raises:
         SolverFailure: the first damped operator is not positive definite.
@@ -37,7 +40,7 @@ class BFGS(Solver):
     tensor([0.2500, 0.5000])
     """
 
-    accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Secant, SecantKronecker})
+    accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Secant, SecantKronecker, SecantMemory})
     needs_definite: ClassVar[bool] = True
 
     initial: float | None = None
@@ -51,6 +54,9 @@ class BFGS(Solver):
 
     def _refresh(self, state: State, operator: Operator, damping: Damping) -> State:
         damped = self.damped(operator, damping)
+        memory, shift = (damped.operator, damped.shift) if isinstance(damped, Shifted) else (damped, 0.0)
+        if isinstance(memory, SecantMemory):
+            return {"inverse": pack(memory.inverse(shift))}
         if isinstance(damped, Shifted) and isinstance(damped.operator, Dense):
             damped = damped.operator.plus(damped.shift)
         if isinstance(damped, Kronecker) and damped.exponent == 1:
@@ -91,6 +97,8 @@ class BFGS(Solver):
         return torch.cholesky_inverse(L)
 
     def _apply(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:
+        if "inverse" in state:
+            return unpack(state["inverse"]) @ V, state
         inverses = [Dense(f["inverse"]) if f["inverse"].dim() > 1 else Diagonal(f["inverse"]) for f in state["factors"].values()]
         if len(inverses) == 1:
             return inverses[0] @ V, state
