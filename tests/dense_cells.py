@@ -272,6 +272,8 @@ _PROJECTED: dict[str, Callable[[Case, str, Tensor | None], Tensor]] = {
     "kron_io": kron_io,
     "kron_eigen": lambda case, matrix, sampled: kron_io(case, matrix, sampled, corrected=True),
 }
+_PROJECTED |= {f"{scope}_{form}": _PROJECTED[scope] for scope in ("full", "layer", "unit") for form in ("low_rank", "gram")}
+"""Rows of full rank are the matrix itself."""
 
 
 def _finished(project: Callable[[Case, str, Tensor | None], Tensor]) -> Callable[[Case, str, Tensor | None], Tensor]:

@@ -3,6 +3,7 @@
 - `register` takes a function of (module, a, g), in either layout of rows, mapped over columns or looped; a Rule; and the full name of a class
   that is not imported. A gradient that is missing or has a wrong shape is refused by name. A subclass with a `forward` of its own, or
   parameters beside weight and bias, goes through the generic rule.
+- Attention reads its masks, boolean or numbers, by head or not, with and without the causal hint, as torch does, also for keys that it adds.
 - Refused by name: dropout of attention weights in training mode, embeddings that are silently wrong, inputs without a batch.
 - A weight that is made from other tensors leaves no trace: no buffer, mode or attribute of the module is different afterwards, in training
   mode either.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import precond
-from layer_calls import by_example, call, trainable
+from layer_calls import by_example, call, trainable, whole
 from layer_cases import LAYERS, Attends, Conv1D
 from nets import Case, labels, normal, seeded
 from precond.layers import GENERIC, Rule, register, resolve_rule
@@ -124,6 +125,33 @@ def test_attention_with_a_parametrized_projection_is_exact(first: bool) -> None:
     seen = call(seeded(build), x, x, x, batch=3, need_weights=False)
     pick = lambda name, a, i: a.narrow(0 if first else 1, i, 1) if isinstance(a, Tensor) else a  # noqa: E731
     close(GENERIC.gradients(seen, list(trainable(seen.module)), slice(None)), by_example(seen, 0 if first else 1, pick=pick))
+
+
+_CAUSAL = torch.triu(torch.ones(3, 3, dtype=torch.bool), 1)
+_PADDED = torch.tensor([[False, False, True], [False, True, False]])
+MASKS = {
+    "causal": {"attn_mask": _CAUSAL, "is_causal": True, "need_weights": False},
+    "causal-weights": {"attn_mask": _CAUSAL, "is_causal": True},
+    "numbers": {"attn_mask": normal(3, 3), "key_padding_mask": normal(2, 3)},
+    "heads": {"attn_mask": normal(4, 3, 3), "key_padding_mask": normal(2, 3)},
+    "padded": {"attn_mask": _CAUSAL, "key_padding_mask": _PADDED, "need_weights": False},
+    "hint-padded": {"attn_mask": _CAUSAL, "key_padding_mask": _PADDED, "is_causal": True, "need_weights": False},
+}
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS.keys())
+def test_attention_reads_masks_as_torch_does(masks: dict[str, Any], extra: bool) -> None:
+    module, x = seeded(lambda: nn.MultiheadAttention(4, 2, add_bias_kv=extra, add_zero_attn=extra)), normal(3, 2, 4)
+    seen = call(module, x, x, x, batch=2, reached=range(2 if masks.get("need_weights", True) else 1), **masks)
+
+    def pick(name: str, argument: Any, i: int) -> Any:
+        if name == "attn_mask":
+            return argument.narrow(0, 2 * i, 2) if argument.dim() == 3 else argument
+        return argument.narrow(0 if name == "key_padding_mask" else 1, i, 1) if isinstance(argument, Tensor) else argument
+
+    close(resolve_rule(module).gradients(seen, list(trainable(module)), slice(None)), by_example(seen, pick=pick, dims=(1, 0)[: len(seen.grads)]))
+    close(resolve_rule(module).total(seen, list(trainable(module))), whole(seen))
 
 
 def refused(model: nn.Module, x: Tensor, message: str) -> None:

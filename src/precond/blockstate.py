@@ -13,7 +13,6 @@ from precond.errors import RefreshFailure, SolverFailure
 from precond.history import WEIGHT, History
 from precond.operators import Operator
 from precond.plan import BlockPlan
-from precond.representations import centring
 
 
 @dataclass
@@ -30,7 +29,7 @@ class BlockState:
     def __post_init__(self) -> None:
         self.spec = dict(self.plan.repr.statistics(self.plan.block))
         if self.plan.matrix.centred:
-            self.spec |= centring.SPEC
+            self.spec |= self.plan.repr.centring()
 
     @property
     def name(self) -> str:

@@ -67,5 +67,5 @@ def finite_only(
     for b in blocks:
         if b.name in found:
             diagnostics.count("directions_zeroed", ~flags[b.name])
-            out.update(b.plan.block.scatter(torch.where(flags[b.name], found[b.name], 0.0)))
+            out.update(b.plan.block.scatter(numerics.where_valid(flags[b.name], found[b.name])))
     return out

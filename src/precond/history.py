@@ -26,8 +26,9 @@ class Local(History):
         weight = valid.to(torch.float64)
         # rows may change in number: an invalid observation is then zeros, since only the device knows that it is invalid
         if old is not None and old.shape == x.shape:
-            x, weight = torch.where(valid, x, old), torch.maximum(weight, result[name + WEIGHT])
-        result[name], result[name + WEIGHT] = x, weight
+            result[name], result[name + WEIGHT] = torch.where(valid, x, old), torch.maximum(weight, result[name + WEIGHT])
+        else:
+            result[name], result[name + WEIGHT] = x.clone(), weight
 
     def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
         value: Tensor = statistics[name]
@@ -92,6 +93,9 @@ class Sum(Accumulator):
     def __post_init__(self) -> None:
         if not 0 <= self.initial < float("inf"):
             raise ValueError(f"the initial value of a Sum is finite and at least 0, not {self.initial}.")
+
+    def supports(self, stat: Stat) -> bool:
+        return super().supports(stat) and (stat.kind != "rows" or self.initial == 0)  # a multiple of I has no few rows
 
     def _start(self, x: Tensor, stat: Stat) -> Tensor:
         if stat.form == "matrix":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.errors import InvalidCombination
+from precond.numerics import where_valid
 from precond.statistics import Stat, Statistics
 
 WEIGHT = ".weight"
@@ -59,7 +60,7 @@ class History(ABC):
             else:
                 flag = torch.ones((), dtype=torch.bool, device=x.device) if valid is None else valid.to(x.device)
                 # what an invalid observation holds may be NaN, which survives a multiplication by zero but not this
-                self._merge(result, name, torch.where(flag, x, 0.0), stat, flag)
+                self._merge(result, name, where_valid(flag, x), stat, flag)
         return result
 
     def read(self, statistics: Statistics, spec: Mapping[str, Stat]) -> Statistics:
@@ -69,7 +70,7 @@ class History(ABC):
 
     @abstractmethod
     def _merge(self, result: Statistics, name: str, x: Tensor, stat: Stat, valid: Tensor) -> None:
-        """Put one entry, and what lies beside it, into `result`; `x` is zero where it is not valid."""
+        """Put one entry, and what lies beside it, into `result`; `x` is zero where it is not valid, and may be a view of something else."""
 
     @abstractmethod
     def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
@@ -103,7 +104,8 @@ class Accumulator(History):
             result[name] = self._append(name, value, x, stat, keep, torch.as_tensor(take, dtype=torch.float64, device=x.device))
         else:
             check_shape(name, value, x)
-            result[name] = value * keep.to(value.dtype) + x * (take.to(x.dtype) if isinstance(take, Tensor) else take)  # x is zero where it is not valid
+            kept = value * keep.to(value.dtype)  # x is zero where it is not valid
+        result[name] = kept.add_(x * take.to(x.dtype)) if isinstance(take, Tensor) else kept.add_(x, alpha=take)
         result[name + WEIGHT] = keep * weight + valid * torch.as_tensor(take, dtype=torch.float64, device=x.device)
 
     def _append(self, name: str, value: Tensor, x: Tensor, stat: Stat, keep: Tensor, take: Tensor) -> Tensor:

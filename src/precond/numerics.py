@@ -85,6 +85,17 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     return sum(spans[1:], spans[0]).isfinite() if spans else torch.tensor(True)
 
 
+def where_valid(valid: Tensor, value: Tensor) -> Tensor:
+    """`value` where the 0-dim flag is True, else zeros. A flag on the CPU can be read for nothing, and then a valid value is not copied.
+
+    >>> where_valid(torch.tensor(False), torch.ones(2))
+    tensor([0., 0.])
+    """
+    if valid.device.type == "cpu" and bool(valid):
+        return value
+    return torch.where(valid, value, 0.0)
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which statistics of a model in `dtype` are kept: float32 at least.
 

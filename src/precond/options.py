@@ -71,10 +71,15 @@ def make_options(
 
 
 def check_history(history: History, representation: Representation) -> None:
-    """A representation that lives one step averages nothing."""
+    """A representation that lives one step averages nothing, and rows only where their number is bounded."""
     if representation.live and not isinstance(history, Local):
         raise InvalidCombination(
             f"representation {representation.name!r} holds products that live one step, so nothing can be averaged: use history='local'."
+        )
+    if representation.rows is not None and not history.supports(representation.rows):
+        raise InvalidCombination(
+            f"representation {representation.name!r} keeps rows, whose number would grow without end under a {type(history).__name__} history: use "
+            "history='local' or Window(m), or a low-rank representation with a rank, an energy or a tolerance (and no initial value of a Sum)."
         )
 
 

@@ -80,9 +80,9 @@ class Preconditioner:
         rows: Mapping[str, str] | None = None, self_check: bool = True,
     ) -> None:  # fmt: skip
         self.triple = Triple.make(matrix, repr, solver, damping)
-        self.triple.check()
+        kind = self.triple.check()
         self.options = make_options(
-            self.triple.repr, transforms=transforms, history=history, curvature_interval=curvature_interval, solver_interval=solver_interval,
+            self.triple.repr.over(kind), transforms=transforms, history=history, curvature_interval=curvature_interval, solver_interval=solver_interval,
             start_step=start_step, before_start=before_start, overrides=overrides, strict=strict,
             loss_weights=loss_weights, on_nonfinite=on_nonfinite, rows=rows,
             self_check=self_check,

@@ -10,12 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from precond import likelihoods
-<<<<<<< /work/main/src/precond/standalone.py
 from precond.auto import Auto
-from precond.blocks import Partition
-=======
 from precond.blocks import Block, Partition
->>>>>>> /tmp/dev2/src/precond/standalone.py
 from precond.blockstate import BlockState
 from precond.distributed import Group, unwrap
 from precond.errors import NeedsTrajectory, ObservationError, UsageError

@@ -64,7 +64,7 @@ class KLClip(Transform):
     def after(self, gradients: Vectors, directions: Vectors, rates: Mapping[str, float], state: State, started: bool) -> Vectors:
         if not started or not directions:
             return directions
-        products = [rates[name] ** 2 * (d * gradients[name]).sum().to(torch.float64) for name, d in directions.items()]
+        products = [rates[name] ** 2 * torch.dot(d, gradients[name]).to(torch.float64) for name, d in directions.items()]
         total = torch.stack([torch.where(torch.isfinite(p), p, torch.zeros_like(p)) for p in products]).sum()
         factor = (self.bound / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
         return {name: d * factor.to(d.dtype) for name, d in directions.items()}

@@ -31,9 +31,9 @@ from precond.plan import Plan
 
 @dataclass(frozen=True)
 class Measured:
-    """Columns that were reduced in the loss hook: statistics by block."""
+    """Columns that were reduced in the loss hook: statistics by block, each taken out once."""
 
-    blocks: Mapping[str, dict[str, Tensor]]
+    blocks: dict[str, dict[str, Tensor]]
     weight: Tensor
 
 

@@ -71,17 +71,16 @@ def weight_or_bias(module: nn.MultiheadAttention, name: str, position: int) -> T
     return None if packed is None else wide(packed.detach().chunk(3)[position])
 
 
-def _mask(seen: LayerColumns, like: Tensor, keys: int) -> Tensor | None:
-    """What is added to the scores (N, H, L, S) of the keys that were given: 0 or -inf where a mask is boolean."""
+def _mask(seen: LayerColumns, like: Tensor) -> Tensor | None:
+    """What is added to the scores (N, H, L, S) of the keys that were given, or of all: 0 or -inf where a mask is boolean."""
     given, heads = _arguments(seen), attention_of(seen).num_heads
     mask, padding = given.get("attn_mask"), given.get("key_padding_mask")
-    length = like.shape[2]
 
     def added(mask: Tensor) -> Tensor:
         return mask.to(like.dtype) if mask.is_floating_point() else like.new_zeros(mask.shape).masked_fill(mask, -math.inf)
 
     if given["is_causal"] and padding is None and not given["need_weights"]:  # the only case in which torch goes by the hint
-        mask = torch.ones(length, keys, dtype=torch.bool, device=like.device).triu(1)
+        mask = torch.ones(like.shape[2:], dtype=torch.bool, device=like.device).triu(1)
     total = None if mask is None else added(mask if mask.dim() == 2 else mask.unflatten(0, (-1, heads)))
     if padding is not None:
         hidden = added(padding)[:, None, None, :]
@@ -108,15 +107,14 @@ def attend(seen: LayerColumns) -> Attended:
         leaf.requires_grad_()
     with torch.enable_grad():
         q, k, v = leaves[:3]
-        given_keys = k.shape[1]
         if len(leaves) == 5:
             k, v = torch.cat([k, leaves[3]], 1), torch.cat([v, leaves[4]], 1)
         if module.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         q, k, v = (x.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
-        mask = _mask(seen, scores, given_keys)
-        weights = (scores if mask is None else scores + F.pad(mask, (0, scores.shape[3] - given_keys))).softmax(-1)
+        mask = _mask(seen, scores)
+        weights = (scores if mask is None else scores + F.pad(mask, (0, scores.shape[3] - mask.shape[-1]))).softmax(-1)
         context = (weights @ v).transpose(1, 2).flatten(2)
         if _arguments(seen)["average_attn_weights"]:
             weights = weights.mean(1)

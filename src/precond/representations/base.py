@@ -42,6 +42,15 @@ class Representation(ABC):
     """Whether the outer product of a mean can be taken off its form."""
 
     @property
+    def rows(self) -> Stat | None:
+        """How the rows merge that it keeps, where it keeps any: not every history can."""
+        return None
+
+    def centring(self) -> Mapping[str, Stat]:
+        """What it keeps beside for a matrix that is centred."""
+        return {"first": Stat("mean"), "count": Stat("mean")}
+
+    @property
     def live(self) -> bool:
         """Its operator holds a function and lives one step."""
         return self.structure.live

@@ -11,9 +11,6 @@ from torch import Tensor
 from precond.blocks import Block
 from precond.observe import Columns
 from precond.representations.base import Statistics, zeros
-from precond.statistics import Stat
-
-SPEC = {"first": Stat("mean"), "count": Stat("mean")}
 
 
 def first_moment(observation: Columns, block: Block) -> Statistics:

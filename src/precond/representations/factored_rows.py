@@ -48,11 +48,17 @@ class Slot:
             return index[:, None, :, None], g[:, 0].movedim(0, 1)
         pairs = [self._outer(view, seen) for _, view, seen in uses]
         a, g = (torch.cat(found, 2) if len(found) > 1 else found[0] for found in zip(*pairs, strict=True))
-        columns, positions = max(a.shape[1], g.shape[1]), a.shape[2]
-        if positions > 1 and columns * self.out * self.width <= positions * (a.shape[1] * self.width + g.shape[1] * self.out):
-            rows = torch.einsum("nkro,nkri->nkoi", *(t.expand(-1, columns, -1, -1) for t in (g, a)))
-            return _ones(rows), rows.flatten(2).unsqueeze(2)  # smaller than what they are made of
         return a, g
+
+    def settle(self, pairs: Sequence[Pair]) -> Sequence[Pair]:
+        """The rows themselves where they are fewer numbers than their factors, as those of a convolution may be."""
+        if self.kind != "outer" or all(a.shape[2] == 1 for a, _ in pairs):
+            return pairs
+        rows = sum(len(g) * max(a.shape[1], g.shape[1]) * self.out * self.width for a, g in pairs)
+        if rows > sum(a.numel() + g.numel() for a, g in pairs):
+            return pairs
+        made = (torch.einsum("nkro,nkri->nkoi", *(t.expand(-1, max(a.shape[1], g.shape[1]), -1, -1) for t in (g, a))) for a, g in pairs)
+        return [(_ones(r), r.flatten(2).unsqueeze(2)) for r in made]
 
     def _outer(self, view: Layer, seen: LayerColumns) -> Pair:
         inputs, g = view.rule.inputs(seen), view.rule.outputs(seen)
@@ -60,18 +66,12 @@ class Slot:
         first, second = a[self.group].unsqueeze(1), g[:, self.group].movedim(0, 1)
         return (second, first) if view.rule.input_first else (first, second)
 
-    def absent(self, examples: int, columns: int, like: Pair | None, dtype: torch.dtype, device: torch.device) -> Pair:
-        """Zeros, in the form of another part's where there is one."""
-        if like is not None:
-            a, g = (t.new_zeros(examples, *t.shape[1:]) for t in like)
-            return a, g
+    def nothing(self, columns: int, like: Tensor) -> Pair:
+        """The factors of no examples."""
         if self.kind == "one_hot":
-            width, index = self.width, torch.float64
-        else:
-            width, index = self.out, dtype
-        a = torch.zeros(examples, 1, 1, self.width if self.kind == "outer" else 1, dtype=index, device=device)
-        wide = self.out * self.width if self.kind == "rows" else width
-        return a, torch.zeros(examples, columns, 1, wide, dtype=dtype, device=device)
+            return torch.zeros(0, 1, 1, 1, dtype=torch.float64, device=like.device), like.new_zeros(0, columns, 1, self.width)
+        inside, outside = (self.width, self.out) if self.kind == "outer" else (1, self.out * self.width)
+        return like.new_zeros(0, 1, 1, inside), like.new_zeros(0, columns, 1, outside)
 
     def factors(self, a: Tensor, g: Tensor) -> Factors | Tensor:
         """What `Gram` is made of, rows k outermost."""

@@ -45,22 +45,19 @@ class GramForm(Representation):
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
         if not isinstance(observation, Columns):
             raise refuse_kind(self, observation)
-        found: list[list[Pair]] = [[] for _ in range(self.pieces(block))]
-        roots = []
+        found: list[list[Pair | None]] = [[] for _ in range(self.pieces(block))]
+        roots, columns = [], 1
         for part in observation.parts:
-            columns = next((g.shape[0] for _, seen in block.calls(part) for g in seen.grads if g is not None), None)
-            if columns is None:  # nothing came back to the block
-                continue
+            columns = next((g.shape[0] for _, seen in block.calls(part) for g in seen.grads if g is not None), columns)
             root = (part.share * part.scale).abs().sqrt()
-            for made, (a, g) in zip(found, self.factor(part, block, columns), strict=True):
-                made.append((a, g * root.to(g.dtype)))
             roots.append(root.expand(part.batch, columns))
-        if not roots:
-            roots = [observation.weight.new_zeros(0, 1)]
-            found = [[pair] for pair in self.nothing(block)]
+            for made, pair in zip(found, self.factor(part, block), strict=True):
+                made.append(None if pair is None else (pair[0], pair[1] * root.to(pair[1].dtype)))
         result: Statistics = {}
-        for i, made in enumerate(found):
-            result[f"a{i}"], result[f"g{i}"] = (joined(side) for side in zip(*made, strict=True))
+        for i, (made, nothing) in enumerate(zip(found, self.nothing(block, columns), strict=True)):
+            like = next((pair for pair in made if pair is not None), nothing)
+            filled = [pair or _zeros(like, len(root)) for pair, root in zip(made, roots, strict=True)]
+            result[f"a{i}"], result[f"g{i}"] = (joined(side) for side in zip(*self.settle(i, filled, block), strict=True))
         return result | ({"roots": torch.cat(roots).to(result["g0"].dtype)} if observation.centred else {})
 
     @abstractmethod
@@ -68,11 +65,15 @@ class GramForm(Representation):
         """How many pairs of factors a block has."""
 
     @abstractmethod
-    def factor(self, part: Part, block: Block, columns: int) -> Sequence[Pair]:
-        """Each pair of one part, examples first, without the weights."""
+    def factor(self, part: Part, block: Block) -> Sequence[Pair | None]:
+        """Each pair of one part, examples first, without the weights; None for what was not used."""
+
+    def settle(self, piece: int, pairs: Sequence[Pair], block: Block) -> Sequence[Pair]:
+        """The form in which the pairs of all parts are kept."""
+        return pairs
 
     @abstractmethod
-    def nothing(self, block: Block) -> Sequence[Pair]:
+    def nothing(self, block: Block, columns: int) -> Sequence[Pair]:
         """Each pair of no examples."""
 
     @abstractmethod
@@ -81,14 +82,20 @@ class GramForm(Representation):
 
     def operator(self, statistics: Statistics, block: Block) -> Operator:
         pairs = [(_some(statistics[f"a{i}"]), _some(statistics[f"g{i}"])) for i in range(self.pieces(block))]
-        C = Gram(self.operands(pairs, block))
+        operands = self.operands(pairs, block)
+        C = Gram(operands)
         if "roots" not in statistics:
             return C
         roots = outermost(_some(statistics["roots"]))
         size = roots.norm()
         mean = roots / torch.where(size > 0, size, 1.0)
         weights = torch.eye(C.rank, dtype=C.dtype, device=C.device) - torch.outer(mean, mean)
-        return Gram(C.pieces_given, weights.expand(*C.batch, -1, -1)) if C.batch else Gram(C.pieces_given, weights)
+        return Gram(operands, weights.expand(*C.batch, -1, -1))
+
+
+def _zeros(like: Pair, examples: int) -> Pair:
+    a, g = like
+    return a.new_zeros(examples, *a.shape[1:]), g.new_zeros(examples, *g.shape[1:])
 
 
 def _some(t: Tensor) -> Tensor:
@@ -103,17 +110,14 @@ class FlatGram(GramForm):
     def pieces(self, block: Block) -> int:
         return len(slots(block))
 
-    def factor(self, part: Part, block: Block, columns: int) -> Sequence[Pair]:
-        made = [slot.pair(part, block) for slot in slots(block)]
-        like = zeros(block, 0)
-        return [
-            slot.absent(part.batch, columns, None, like.dtype, like.device) if pair is None else pair
-            for slot, pair in zip(slots(block), made, strict=True)
-        ]
+    def factor(self, part: Part, block: Block) -> Sequence[Pair | None]:
+        return [slot.pair(part, block) for slot in slots(block)]
 
-    def nothing(self, block: Block) -> Sequence[Pair]:
-        like = zeros(block, 0)
-        return [slot.absent(0, 1, None, like.dtype, like.device) for slot in slots(block)]
+    def settle(self, piece: int, pairs: Sequence[Pair], block: Block) -> Sequence[Pair]:
+        return slots(block)[piece].settle(pairs)
+
+    def nothing(self, block: Block, columns: int) -> Sequence[Pair]:
+        return [slot.nothing(columns, zeros(block, 0)) for slot in slots(block)]
 
     def operands(self, pairs: Sequence[Pair], block: Block) -> Sequence[Factors | Tensor]:
         return [slot.factors(a, g) for slot, (a, g) in zip(slots(block), pairs, strict=True)]

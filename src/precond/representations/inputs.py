@@ -17,11 +17,16 @@ InputRows = Tensor | OneHot | Ragged
 _ROW_ELEMENTS = 1 << 18  # numbers in the rows that are formed, or copied into another layout, at once
 
 
-def input_rows(part: Part, block: Block) -> list[InputRows]:
-    """The inputs (G, N, R, in') of every call, with the homogeneous coordinate where the block has a bias."""
+def input_rows(part: Part, block: Block, *, check: bool = False) -> list[InputRows]:
+    """The inputs (G, N, R, in') of every call, with the homogeneous coordinate where the block has a bias.
+
+    check: refuse layers whose leading dimension is not the batch.
+    """
     rows: list[InputRows] = []
     bias = block.names[-1] if block.homogeneous else None
     for layer, seen in block.calls(part):
+        if check:
+            layer.rule.check(seen)
         a = layer.rule.inputs(seen)
         # 0 for a use of a tied weight that has no share in the block's bias
         one = 1.0 if bias in layer.parameters.values() else 0.0
