@@ -4,11 +4,11 @@ Run `python benchmarks/column_memory.py` (--help for the options). What is measu
 
 * "step": forward, backward and update with `torch.optim.SGD(lr=0, momentum=0.9)`, two steps, building the network included;
 * "ggn x kron_io": `precond.curvature` of the same network on the same batch, building the network included. It sends back one column a
-  class, a few at a time, and adds each to its factors. Memory is recorded while it sends the first --columns of them, as every further
-  one does the same again; time is that of all of them;
+  class, a few at a time, and adds each to its factors. Memory and time are those of the first --columns of them, as every further one
+  does the same again; the time is then multiplied up to all of them;
 * "factors": the bytes of the result, which any way to take it holds in the end;
 * memory: the most bytes that tensors hold at once, temporaries included (`precond.compare.memory`);
-* time: wall time of one call. Sending back a column is a backward pass without weight gradients, so "floor" is that pass alone, by plain
+* time: wall time. Sending back a column is a backward pass without weight gradients, so "floor" is that pass alone, by plain
   torch on a graph that is kept, times the number of columns.
 """
 
@@ -47,7 +47,9 @@ class Residual(nn.Module):
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs),
         )  # fmt: skip
         same = stride == 1 and inputs == outputs
-        self.short: nn.Module = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride), nn.BatchNorm2d(outputs))
+        self.short: nn.Module = (
+            nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride), nn.BatchNorm2d(outputs))
+        )
         self.end = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ def measure(name: str, batch: int, classes: int, columns: int, device: torch.dev
     training = seconds(step(name, classes, inputs, targets, 5), device) / 5
     return Row(
         name, sum(p.numel() for p in model.parameters()), plain, ours, held, ours / plain, training,
-        seconds(lambda: curvature(name, classes, inputs, targets), device), floor(name, classes, inputs),
+        seconds(lambda: curvature(name, classes, inputs, targets, columns), device) * classes / columns, floor(name, classes, inputs),
     )  # fmt: skip
 
 
@@ -174,7 +176,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=("mlp", "conv", "resnet"), default=["mlp", "conv", "resnet"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--columns", type=int, default=32, help="how many are sent back while memory is recorded")
+    parser.add_argument("--columns", type=int, default=32, help="how many are sent back and measured")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")

@@ -30,6 +30,7 @@ import dense_derived
 import dense_eigen
 import dense_kron
 import dense_recursive
+import dense_sparse
 from nets import CASES, SHRUNK, Case, labels, seeded
 
 
@@ -263,6 +264,11 @@ def kron_dim_factors(case: Case, matrix: str, sampled: Tensor | None = None) -> 
     return {name: dense_kron.kron_dim(part, factor) for name, part in dense.split(rows, case.make()).items()}
 
 
+def _network(case: Case, matrix: str, sampled: Tensor | None) -> Tensor:
+    """FANG's: each weight on the bias of its unit, which is no pair between layers."""
+    return dense_sparse.network(held(case, matrix, sampled), dense_sparse.parents(case.make(), "bias"))
+
+
 _PROJECTED: dict[str, Callable[[Case, str, Tensor | None], Tensor]] = {
     "full": held,
     "matrix_free": whole,  # products pass through the whole batch at once, and are exact where examples mix
@@ -271,6 +277,9 @@ _PROJECTED: dict[str, Callable[[Case, str, Tensor | None], Tensor]] = {
     "diagonal": _diagonal,
     "kron_io": kron_io,
     "kron_eigen": lambda case, matrix, sampled: kron_io(case, matrix, sampled, corrected=True),
+    "full_sparse": _network,
+    "layer_sparse": _network,
+    "diagonal_sparse": _diagonal,  # no parameter of the cases is pruned
 }
 _PROJECTED |= {f"{scope}_{form}": _PROJECTED[scope] for scope in ("full", "layer", "unit") for form in ("low_rank", "gram")}
 """Rows of full rank are the matrix itself."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import dense_secant
 from precond.inversion import inverse
 from precond.operators import (
     BlockDiagonal,
@@ -31,6 +32,7 @@ from precond.operators import (
     RootShifted,
     Secant,
     SecantKronecker,
+    SecantMemory,
     Shifted,
     Sparse,
     SparsePrecision,
@@ -99,6 +101,16 @@ def diagonal_stack(seed: int) -> Specimen:
 def secant(seed: int) -> Specimen:
     C, M = dense(seed)
     return Secant(M.clone(), draw(C.n), draw(C.n, seed=1)), M
+
+
+def secant_memory(seed: int) -> Specimen:
+    """Two pairs of a definite matrix after one place without a pair."""
+    n, A = 5, definite(5, seed=seed)
+    S, B = draw(2, n, seed=seed + 1), 0.7 * eye(n)
+    for s in S:
+        B, _ = dense_secant.direct(B, s, A @ s, dense_secant.Rule(powell=0.0), False)
+    none = torch.zeros(1, n, dtype=A.dtype)
+    return SecantMemory(torch.cat([none, S]), torch.cat([none, S @ A]), torch.tensor(0.7, dtype=A.dtype)), B
 
 
 def probed(seed: int) -> Specimen:
@@ -410,6 +422,7 @@ SPECIMENS: dict[type[Operator], tuple[Maker, ...]] = {
     RootShifted: (root_shifted, root_shifted_low_rank),
     Secant: (secant,),
     SecantKronecker: (secant_kronecker,),
+    SecantMemory: (secant_memory,),
     Shifted: (shifted, shifted_gram, live_shifted),
     Sparse: (sparse,),
     SparsePrecision: (sparse_precision,),

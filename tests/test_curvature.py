@@ -86,7 +86,8 @@ REFUSED = {
         [("gradient_covariance", r) for r in ("kron_io", "kron_dim")],
         "has no form from which the outer product of a mean can be taken, as {matrix!r} needs",
     ),
-    **dict.fromkeys([("input_second_moment", r) for r in ("diagonal", "kron_dim", "matrix_free")], NEED),
+    **dict.fromkeys([("input_second_moment", r) for r in ("diagonal", "diagonal_sparse", "kron_dim", "matrix_free")], NEED),
+    **dict.fromkeys([(m, f"{scope}_sparse") for m in ("hessian", "abs_hessian", "input_second_moment") for scope in ("full", "layer")], NEED),
     **dict.fromkeys([("ggn_recursive", r) for r in representations.names() if r not in ("full", "layer", "unit", "kron_io")], NEED),
 }
 

@@ -4,7 +4,7 @@
   that is not imported. A gradient that is missing or has a wrong shape is refused by name. A subclass with a `forward` of its own, or
   parameters beside weight and bias, goes through the generic rule.
 - Attention reads its masks, boolean or numbers, by head or not, with and without the causal hint, as torch does, also for keys that it adds.
-- Refused by name: dropout of attention weights in training mode, embeddings that are silently wrong, inputs without a batch.
+- Dropout of attention weights draws the mask of the pass again. Refused by name: a mask that cannot be, embeddings that are silently wrong, inputs without a batch.
 - A weight that is made from other tensors leaves no trace: no buffer, mode or attribute of the module is different afterwards, in training
   mode either.
 - A fallback is taken block by block: what a representation hosts of a module it keeps, and strict refuses the rest.
@@ -159,13 +159,55 @@ def refused(model: nn.Module, x: Tensor, message: str) -> None:
         precond.curvature(seeded(lambda: model), nn.CrossEntropyLoss(), x, labels(2, len(x)), matrix="ggn", repr="layer")
 
 
-def test_dropout_of_attention_weights_is_refused_in_training_mode_only() -> None:
-    model = nn.Sequential(Attends(batch_first=True, dropout=0.5), nn.Flatten(), nn.Linear(12, 2))
-    message = (
-        r"layer '0.attention' \(MultiheadAttention\) is refused: its attention weights have dropout 0.5.*overrides={'0.attention': None}"
-    )
-    refused(model, normal(3, 3, 4), message)
-    precond.curvature(model.double().eval(), nn.CrossEntropyLoss(), normal(3, 3, 4), labels(2, 3), matrix="ggn", repr="layer")
+class Encoder(nn.Module):
+    """Two default encoder layers, dropout everywhere, and one attention that returns its weights."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(4, 2, 5, batch_first=batch_first, dropout=0.3) for _ in range(2)])
+        self.last = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=batch_first)
+        self.head, self.batch_first = nn.Linear(4, 2), batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.batch_first else x.transpose(0, 1)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.last(x, x, x)[0] + self.last(x, x, x, need_weights=False)[0]
+        return self.head(x.mean(1 if self.batch_first else 0))
+
+
+def one_pass(model: nn.Module, x: Tensor, seed: int) -> Tensor:
+    """(N C, P): the rows of S^T J of one forward pass, masks and all, by plain autograd."""
+    torch.manual_seed(seed)
+    output, params = model(x), list(model.parameters())
+    p = output.detach().softmax(1)
+    rows = []
+    for n in range(len(x)):
+        for c in range(output.shape[1]):
+            cotangent = torch.zeros_like(output)
+            cotangent[n] = -p[n, c].sqrt() * p[n]
+            cotangent[n, c] += p[n, c].sqrt()
+            found = torch.autograd.grad(output, params, cotangent, retain_graph=True, allow_unused=True)
+            rows.append(torch.cat([(torch.zeros_like(q) if g is None else g).flatten() for q, g in zip(params, found, strict=True)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dropout_of_attention_weights_draws_the_masks_of_the_pass(batch_first: bool) -> None:
+    model, x, y = seeded(lambda: Encoder(batch_first)), normal(3, 5, 4), labels(2, 3)
+    J = one_pass(model, x, seed=3)
+    torch.manual_seed(3)
+    kinds = {} if batch_first else {"rows": {"layers.*.linear*": "second", "layers.*.norm*": "second"}}
+    C = precond.curvature(model, nn.CrossEntropyLoss(), x, y, matrix="ggn", repr="full", seed=0, **kinds).to_dense()
+    torch.testing.assert_close(C, J.T @ J / 3, rtol=1e-10, atol=1e-12)
+    other = one_pass(model, x, seed=4)
+    assert (C - other.T @ other / 3).norm() > 1e-2 * C.norm()  # other masks are another matrix
+
+
+def test_a_mask_that_cannot_be_drawn_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a fused kernel does: it draws in another order."""
+    monkeypatch.setattr("precond.layers.attended.drawing_again", lambda states, device: torch.random.fork_rng(devices=[]))
+    refused(nn.Sequential(Attends(batch_first=True, dropout=0.5), nn.Flatten(), nn.Linear(12, 2)), normal(3, 3, 4), "in a fused kernel")
 
 
 @pytest.mark.parametrize("option", ["sparse", "scale_grad_by_freq", "max_norm"])

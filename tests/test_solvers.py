@@ -39,12 +39,15 @@ from precond.operators import (
     Probed,
     Secant,
     SecantKronecker,
+    SecantMemory,
     Shifted,
+    Sparse,
+    SparsePrecision,
 )
 from precond.solvers import CG, LU, Cholesky, Eigen, Elementwise, Solver, create, get, names
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
-DIRECT = ("cholesky", "lu", "eigen", "elementwise", "smw")
+DIRECT = ("cholesky", "lu", "eigen", "elementwise", "smw", "sparse_cholesky")
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -71,6 +74,13 @@ def power_of(M: Tensor, p: float) -> Tensor:
     return (U * d**p) @ U.T
 
 
+def network(F: Tensor, parents: list[list[int]]) -> SparsePrecision:
+    """Of one or two parents each, absent ones -1."""
+    table = torch.tensor(parents)
+    own = torch.cat([torch.arange(len(F)).unsqueeze(1), table.clamp(min=0)], 1)
+    return SparsePrecision(F[own.unsqueeze(2), own.unsqueeze(1)], table)
+
+
 def matrix_free() -> Operator:
     A = conditioned(5)
     return MatrixFree(lambda v: A @ v, 5, torch.float64, "cpu")
@@ -88,6 +98,7 @@ STRUCTURES: dict[str, Callable[[], Operator]] = {
     "dense_stack": lambda: Dense(torch.stack([conditioned(3, seed=s) for s in range(4)])),
     "secant": lambda: Secant(conditioned(5), draw(5), draw(5, seed=1)),
     "secant_kronecker": lambda: SecantKronecker(Secant(conditioned(3), draw(3), draw(3, seed=1)), Probed(conditioned(2), draw(2))),
+    "secant_memory": lambda: SecantMemory(draw(2, 5), draw(2, 5) @ conditioned(5), torch.tensor(2.0, dtype=torch.float64)),
     "diagonal": lambda: Diagonal(conditioned(5).diagonal()),
     "kronecker": lambda: Kronecker(conditioned(3, seed=1), conditioned(2, seed=2)),
     "kronecker_three": lambda: Kronecker(conditioned(2, seed=1), conditioned(2, seed=2).diagonal(), conditioned(3, seed=3), scale=0.5),
@@ -101,6 +112,8 @@ STRUCTURES: dict[str, Callable[[], Operator]] = {
     "low_rank_eigen": lambda: LowRank(rows_of(conditioned(4))[:2]).spectral().map(lambda s: s + 0.1),
     "gram": lambda: Gram([(draw(8, 2, 2), draw(8, 2, 3, seed=1)), draw(8, 1, seed=2)]),
     "matrix_free": matrix_free,
+    "sparse": lambda: Sparse(torch.tensor([[0, 1, 1, 2, 3], [0, 0, 1, 2, 3]]), draw(5).abs() + torch.tensor([2.0, 0, 2, 1, 1]).double(), 4),
+    "sparse_precision": lambda: network(conditioned(5), [[3, -1], [0, 3], [-1, -1], [-1, -1], [1, 2]]),
 }
 DAMPINGS: dict[str, Damping] = {"none": Tikhonov(0.0), "tikhonov": Tikhonov(0.1), "outside": Outside(0.1), "factored": Factored(0.1)}
 DENSE = {"dense", "dense_1x1", "dense_stack", "secant"}
@@ -118,8 +131,9 @@ ROWS: dict[str, tuple[dict[str, Any], set[str], bool]] = {
         True,
     ),
     "elementwise": ({}, {"diagonal", "kronecker_eigen", "low_rank_eigen"}, True),
-    "smw": ({}, ROW_FORMS, True),
-    "bfgs": ({}, {"secant", "secant_kronecker"}, False),
+    "smw": ({}, ROW_FORMS | KRONECKER, True),
+    "bfgs": ({}, {"secant", "secant_kronecker", "secant_memory"}, False),
+    "sparse_cholesky": ({}, {"sparse_precision"}, False),
     "cg": ({"tolerance": 1e-14}, set(STRUCTURES), False),
 }
 
@@ -135,8 +149,10 @@ def refused(solver: str, structure: str, damping: str, power: float) -> str | No
         return "Factored damping needs Kronecker factors"
     if (solver, structure) == ("eigen", "kronecker_sum"):
         return "no eigendecomposition"
-    if solver in ("cholesky", "lu", "bfgs") and structure in KRONECKER and damping in ("tikhonov", "outside"):
+    if solver in ("cholesky", "lu", "bfgs", "smw") and structure in KRONECKER and (damping in ("tikhonov", "outside") or power != 1):
         return "use Factored damping"
+    if solver == "sparse_cholesky" and damping in ("tikhonov", "outside"):
+        return "use Blockwise damping"
     return None
 
 
@@ -265,6 +281,7 @@ def singular() -> dict[str, Operator]:
         "low_rank": LowRank(draw(2, 5)),
         "zero_rows": LowRank(torch.zeros(2, 3, dtype=torch.float64)),
         "gram": Gram([(draw(2, 3, 2), draw(2, 3, 2))]),
+        "sparse_precision": network(u @ u.T, [[-1], [0], [1], [2], [3]]),
     }
 
 
@@ -430,7 +447,7 @@ def test_shampoo_is_the_quarter_power_of_each_of_two_factors() -> None:
 
 def test_natural_damping_is_exact_wherever_it_can_be() -> None:
     for name in names():
-        factored = name in ("cholesky", "lu", "bfgs")
+        factored = name in ("cholesky", "lu", "bfgs", "smw")
         if name in ROWS:
             assert create(name).natural_damping(Kronecker) is (Factored if factored else Tikhonov)
             assert create(name).natural_damping(Dense) is Tikhonov
@@ -516,7 +533,7 @@ def test_options_are_checked_when_made() -> None:
 @pytest.mark.parametrize("solver", DIRECT)
 def test_float32_state_stays_float32(solver: str) -> None:
     scale, made = torch.tensor(2.0, dtype=torch.float64), create(solver)
-    others = {"elementwise": Diagonal(torch.ones(3)), "smw": LowRank(torch.eye(3)[:2])}
+    others = {"elementwise": Diagonal(torch.ones(3)), "smw": LowRank(torch.eye(3)[:2]), "sparse_cholesky": network(torch.eye(3), [[-1], [0], [0]])}
     C = others.get(solver, Kronecker(torch.eye(2), torch.eye(3), scale=scale))
     out, _ = made.apply(made.init(C, made.natural_damping(type(C))(torch.tensor(0.1, dtype=torch.float64))), torch.ones(C.n))
     assert out.dtype == torch.float32

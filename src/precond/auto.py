@@ -106,7 +106,7 @@ def _option(triple: Triple, representation: Representation) -> Triple | None:
     """The triple with another representation, with `elementwise` for a diagonal where its solver cannot; None where it has no meaning."""
     solvers = (triple.solver, Elementwise(power=triple.solver.power)) if representation.name == "diagonal" else (triple.solver,)
     for solver in solvers:
-        damping = triple.damping if solver is triple.solver or not isinstance(triple.damping, Damping) else float(triple.damping.value)
+        damping = triple.damping if solver is triple.solver or not isinstance(triple.damping, Damping) else triple.damping.plain()
         if _works(triple.matrix, representation, solver, damping):
             return replace(triple, repr=representation, solver=solver, damping=damping, auto=None)
     return None
@@ -115,7 +115,7 @@ def _option(triple: Triple, representation: Representation) -> Triple | None:
 def _works(matrix: Matrix, representation: Representation, solver: Solver, damping: float | Damping) -> bool:
     if cells.why_not(matrix, representation, solver) is not None:
         return False
-    kind = cells.resolve_kind(matrix, representation)
+    kind = cells.resolve_kind(matrix, representation, solver)
     assert kind is not None
     return cells.why_not_damping(representation.over(kind).structure, solver, damping) is None
 

@@ -17,8 +17,9 @@ from torch.nn.utils import parametrize
 
 from precond.layers import GENERIC, Rule, resolve_rule
 from precond.observe import LayerColumns, Part, Tensors, canonical
+from precond.tiling import Tiling
 
-Scope = Literal["model", "layer", "matrix", "tensor"]
+Scope = Literal["model", "layer", "matrix", "tensor", "kernel"]
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 _CHUNK_ELEMENTS = 1 << 24  # gradients by example are formed this many numbers at a time
 
@@ -74,7 +75,8 @@ class Block:
     """Parameters that are preconditioned together, and their coordinates.
 
     flat: each parameter flattened row-major, one after another. matrix: row-major vec of [W, b] with `rows` rows, the
-    homogeneous coordinate last; `width` columns in all. `transposed`: the weight is stored as (width, rows).
+    homogeneous coordinate last; `width` columns in all. `transposed`: the weight is stored as (width, rows). `tiling`: of one tensor, its entries
+    tile by tile.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Block:
     layers: Mapping[str, Layer]
     rows: int | None = None
     transposed: bool = False
+    tiling: Tiling | None = None
 
     @property
     def n(self) -> int:
@@ -113,11 +116,15 @@ class Block:
             ends = (self.rows, -1) if self.rows is not None else (-1,)
             parts.append(value.reshape(*value.shape[:lead], *ends))
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if self.tiling is not None:
+            return self.tiling.arrange(joined)
         return joined.flatten(lead) if self.rows is not None else joined
 
     def scatter(self, vector: Tensor) -> Tensors:
         """Vectors (*lead, n) -> parameter tensors (*lead, *shape), views where the layout allows."""
         lead = vector.shape[:-1]
+        if self.tiling is not None:
+            vector = self.tiling.restore(vector)
         if self.rows is None:
             pieces = vector.split([p.numel for p in self.parameters], dim=-1)
         else:
@@ -131,6 +138,38 @@ class Block:
         """Where each coordinate stands in the model's flat parameter order."""
         indices = {p.name: torch.arange(p.start, p.start + p.numel).view(p.shape) for p in self.parameters}
         return self.gather(indices)
+
+    def matrices(self) -> Iterator[Block]:
+        """Its parameters by matrix: one [W, b] where weight and bias belong together row by row, else tensor by tensor."""
+        for owner in dict.fromkeys(p.owner for p in self.parameters):
+            layer = self.layers[owner]
+            for piece, view in (layer.pieces() or {"": layer}).items():
+                names = {name: local for local, name in view.parameters.items()}
+                local = {names[p.name]: p for p in self.parameters if p.owner == owner and p.name in names}
+                rows = _matrix_rows(view.rule, local)
+                if rows is not None:
+                    transposed = view.rule.joint and view.rule.input_first
+                    name = ".".join(part for part in (owner, piece) if part) or "model"
+                    yield replace(self._restricted(name, tuple(local.values()), rows), transposed=transposed)
+                else:
+                    for p in local.values():
+                        yield self._restricted(p.name, (p,), p.shape[0] if len(p.shape) > 1 else p.numel)
+
+    def kernels(self) -> Iterator[Block]:
+        """Its parameters one by one; rows are kernels, one an output and an input, where a tensor is of order 3 or more."""
+        for block in self.matrices():
+            for p in block.parameters:
+                rows = math.prod(p.shape[:2]) if len(p.shape) > 2 else block.rows if len(p.shape) == 2 else p.numel
+                assert rows is not None
+                yield replace(block._restricted(p.name, (p,), rows), transposed=block.transposed)
+
+    def _restricted(self, name: str, params: tuple[Parameter, ...], rows: int) -> Block:
+        """Some of its parameters in matrix coordinates; of a layer in pieces, the piece that has them all."""
+        wanted, layers = {p.name for p in params}, _users(self.layers, params)
+        for n, layer in layers.items():
+            pieces = [piece for piece in layer.pieces().values() if wanted <= set(piece.parameters.values())]
+            layers[n] = pieces[0] if pieces else layer
+        return Block(name, params, layers, rows)
 
     def calls(self, part: Part) -> Iterator[tuple[Layer, LayerColumns]]:
         """The observed calls of the layers that use the block's parameters."""
@@ -202,34 +241,20 @@ class Partition:
                 made.append(self._block(owner or "model", params))
             elif scope == "tensor":
                 made.extend(self._block(p.name, (p,)) for p in params)
+            elif scope == "kernel":
+                made.extend(self._block(owner, params).kernels())
             else:
-                made.extend(self._matrices(owner, params))
+                made.extend(self._block(owner, params).matrices())
         return made
 
-    def _matrices(self, owner: str, params: tuple[Parameter, ...]) -> Iterator[Block]:
-        """One [W, b] a matrix of the layer where weight and bias belong together row by row, else tensor by tensor."""
-        layer = self.layers[owner]
-        for piece, view in (layer.pieces() or {"": layer}).items():
-            names = {name: local for local, name in view.parameters.items()}
-            local = {names[p.name]: p for p in params if p.name in names}
-            rows = _matrix_rows(view.rule, local)
-            name = ".".join(part for part in (owner, piece) if part) or "model"
-            if rows is not None:
-                transposed = view.rule.joint and view.rule.input_first
-                yield replace(self._block(name, tuple(local.values()), rows), transposed=transposed)
-            else:
-                for p in local.values():
-                    yield self._block(p.name, (p,), p.shape[0] if len(p.shape) > 1 else p.numel)
+    def _block(self, name: str, params: tuple[Parameter, ...]) -> Block:
+        return Block(name, params, _users(self.layers, params))
 
-    def _block(self, name: str, params: tuple[Parameter, ...], rows: int | None = None) -> Block:
-        users = {layer for p in params for layer, _ in p.uses}
-        wanted = {p.name for p in params}
-        layers = {}
-        for n in self.layers:
-            if n in users:
-                pieces = [piece for piece in self.layers[n].pieces().values() if wanted <= set(piece.parameters.values())]
-                layers[n] = pieces[0] if pieces and rows is not None else self.layers[n]
-        return Block(name, params, layers, rows)
+
+def _users(layers: Mapping[str, Layer], params: tuple[Parameter, ...]) -> dict[str, Layer]:
+    """The layers that use any of the parameters."""
+    users = {layer for p in params for layer, _ in p.uses}
+    return {name: layer for name, layer in layers.items() if name in users}
 
 
 def _matrix_rows(rule: Rule, local: Mapping[str, Parameter]) -> int | None:

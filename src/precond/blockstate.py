@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from precond import numerics
+from precond.damping import Damping
 from precond.errors import RefreshFailure, SolverFailure
 from precond.history import WEIGHT, History
 from precond.operators import Operator
@@ -25,6 +26,10 @@ class BlockState:
     state: dict[str, Any] | None = None
     failures: int = 0
     live: Operator | None = None
+    level: dict[str, Any] = field(default_factory=dict)
+    """What a damping that adapts keeps."""
+    damping: Damping | None = None
+    """The damping of the last refresh, its value a number."""
 
     def __post_init__(self) -> None:
         self.spec = dict(self.plan.repr.statistics(self.plan.block))
@@ -55,16 +60,17 @@ class BlockState:
     def merge(self, new: dict[str, Any], valid: Tensor) -> None:
         self.statistics = self.history.merge(self.statistics, new, self.spec, valid)
 
-    def refresh(self, limit: int) -> str | None:
-        """Climb the ladder; returns the rung that held, "kept" for the last good state, or None where there is nothing to refresh from."""
+    def refresh(self, limit: int, damping: Damping | None = None) -> str | None:
+        """Climb the ladder, with the damping of this step; returns the rung that held, "kept" for the last good state, or None where there is nothing to refresh from."""
         if not self.measured():
             return None
         self.statistics = self.plan.repr.rebase(self.statistics)
+        self.damping = self.plan.damping.at() if damping is None else damping
         operator, solver, old = self.operator(), self.plan.solver, self.state
         self.live = operator if operator.live else None
         try:
             self.state, rung = numerics.climb(
-                lambda op, damping: solver.init(op, damping) if old is None else solver.refresh(old, op, damping), operator, self.plan.damping
+                lambda op, damping: solver.init(op, damping) if old is None else solver.refresh(old, op, damping), operator, self.damping
             )
         except SolverFailure as error:
             self.failures += 1
@@ -78,7 +84,7 @@ class BlockState:
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.statistics.items() if isinstance(t, Tensor) and t.dim())
         return (
             f"block {self.plan.block.name!r} ({self.plan.triple}, {operator.kind} of {operator.n}; {shapes}) could not be refreshed {limit + 1} "
-            f"times in a row. Raise damping (now {self.plan.damping}), lower the learning rate, or leave the block out with "
+            f"times in a row. Raise damping (now {self.damping}), lower the learning rate, or leave the block out with "
             f"overrides={{{self.plan.block.name!r}: None}}. The last failure: {error}"
         )
 

@@ -23,6 +23,7 @@ from precond.operators import (
     LowRankEigen,
     MatrixFree,
     Operator,
+    Pairs,
     Probed,
     Secant,
     SecantKronecker,
@@ -47,29 +48,41 @@ class Cell:
     reason: str | None
 
 
-def resolve_kind(matrix: Matrix, representation: Representation) -> Kind | None:
-    """The first request of the representation that the matrix can supply."""
-    return next((kind for kind in representation.requests if kind in matrix.supplies), None)
+_MADE_OF: dict[Kind, Kind] = {"pairs": "product", "whitening": "gradient"}
 
 
-def _words(kinds: tuple[Kind, ...]) -> str:
+def _kinds(representation: Representation, solver: Solver) -> tuple[Kind, ...]:
+    """What the representation can be built from; where the solver follows some kinds of observation, those of them alone."""
+    if not solver.follows:
+        return representation.requests
+    return tuple(kind for kind in (*representation.requests, *representation.followed) if kind in solver.follows)
+
+
+def resolve_kind(matrix: Matrix, representation: Representation, solver: Solver) -> Kind | None:
+    """The first kind of observation that all three agree on; whoever has products or a gradient has pairs."""
+    return next((kind for kind in _kinds(representation, solver) if _MADE_OF.get(kind, kind) in matrix.supplies), None)
+
+
+def _words(kinds: tuple[str, ...]) -> str:
     words = {"columns": "columns (a, g)", "gradient": "the gradient of the step", "product": "products", "factors": "moments of layer inputs and outputs",
         "secant": "pairs of a step and the change of the gradient", "successive": "successive gradients",
-        "layer_secant": "pairs at the outputs of layers"}  # fmt: skip
+        "layer_secant": "pairs at the outputs of layers", "pairs": "pairs (v, C v)", "whitening": "pairs (v, g) of the gradient and noise"}  # fmt: skip
     return " or ".join(words[k] for k in kinds)
 
 
 def why_not(matrix: Matrix, representation: Representation, solver: Solver) -> str | None:
     """The reason a cell has no meaning, or None."""
-    if resolve_kind(matrix, representation) is None:
-        return (
-            f"representation {representation.name!r} is built from {_words(representation.requests)}, "
-            f"but matrix {matrix.name!r} gives only {_words(matrix.supplies)}"
-        )
-    kind = resolve_kind(matrix, representation)
-    assert kind is not None
-    structure = representation.over(kind).structure
-    if matrix.centred and not (representation.centres or resolve_kind(matrix, representation) == "product"):
+    kinds, kind = _kinds(representation, solver), resolve_kind(matrix, representation, solver)
+    if not kinds:
+        return f"solver {solver.name!r} follows {_words(solver.follows)}, and representation {representation.name!r} has no form for them"
+    if kind is None:
+        who = f"solver {solver.name!r} follows" if solver.follows else f"representation {representation.name!r} is built from"
+        return f"{who} {_words(kinds)}, but matrix {matrix.name!r} gives only {_words(matrix.supplies)}"
+    held = representation.over(kind)
+    structure = held.structure
+    if structure is Pairs and held.fit not in solver.fits:
+        return f"solver {solver.name!r} does not fit a {held.fit} structure to pairs, which representation {representation.name!r} has"
+    if matrix.centred and not (representation.centres or kind in ("product", "pairs")):
         return f"representation {representation.name!r} has no form from which the outer product of a mean can be taken, as {matrix.name!r} needs"
     if not solver.takes(structure):
         taken = ", ".join(sorted({s.__name__ for s in solver.accepts}))
@@ -89,7 +102,7 @@ def specimen(structure: type[Operator]) -> Operator:
         return MatrixFree(lambda v: v, 2, eye.dtype, "cpu")
     made: dict[type[Operator], Operator] = {
         Dense: Dense(eye), Diagonal: Diagonal(torch.ones(2)), Kronecker: Kronecker(eye, eye), KroneckerEigen: KroneckerEigen((eye, eye), eye + 1),
-        Secant: Secant(eye, *eye), SecantKronecker: SecantKronecker(Secant(eye, *eye), Probed(eye, torch.ones(2))),
+        Pairs: Pairs(eye[0], eye[0], "dense"), Secant: Secant(eye, *eye), SecantKronecker: SecantKronecker(Secant(eye, *eye), Probed(eye, torch.ones(2))),
         SecantMemory: SecantMemory(eye, eye, torch.ones(())),
         Gram: Gram([eye]), KroneckerSum: KroneckerSum(eye, eye), LowRank: LowRank(eye), LowRankEigen: LowRank(eye).spectral(),
         Sparse: Sparse(torch.zeros(2, 1, dtype=torch.long), torch.ones(1), 2),
@@ -102,7 +115,7 @@ def why_not_damping(structure: type[Operator], solver: Solver, damping: float | 
     """The reason the solver cannot invert operators of a structure with this damping, or None."""
     operator = specimen(structure)
     try:
-        solver.init(operator, resolve(damping, solver.natural_damping(structure)))
+        solver.init(operator, resolve(damping, solver.natural_damping(structure)).at())
     except InvalidCombination as error:
         return str(error)
     except SolverFailure:  # a matter of numbers, not of kinds
@@ -143,7 +156,7 @@ def check(matrix: Matrix, representation: Representation, solver: Solver, dampin
         near = next((c for c in _nearby(matrix, representation, solver) if why_not(*c) is None), None)
         choice = "" if near is None else f". The nearest valid choice is matrix={near[0].name!r}, repr={near[1].name!r}, solver={near[2].name!r}"
         raise InvalidCombination(f"{reason}{choice}.")
-    kind = resolve_kind(matrix, representation)
+    kind = resolve_kind(matrix, representation, solver)
     assert kind is not None
     refused = why_not_damping(representation.over(kind).structure, solver, damping)
     if refused is not None:

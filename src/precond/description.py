@@ -46,12 +46,12 @@ def describe(plan: Plan, states: Sequence[BlockState]) -> Description:
     for state in states:
         p = state.plan
         for i, parameter in enumerate(p.block.parameters):
-            notes = [p.note] if p.note else []
+            notes = [note for note in (p.note, p.repr.remark(parameter.shape)) if note]
             notes += [f"also used by {layer}" for layer, _ in parameter.uses if layer != parameter.owner]
             if any(_batch_statistics(layer.module) for layer in p.block.layers.values()) and p.kind == "columns":
                 notes.append("training-mode batch statistics: columns include cross-example terms")
             rows[parameter.name] = Row(
-                parameter.name, parameter.shape, p.block.name, p.triple, str(p.damping), "; ".join(notes), state.bytes_held() if i == 0 else 0
+                parameter.name, parameter.shape, p.block.name, p.triple, str(state.damping or p.damping), "; ".join(notes), state.bytes_held() if i == 0 else 0
             )
     for name, reason in plan.left.items():
         shape = plan.partition.unheld[name] if name in plan.partition.unheld else plan.partition.parameters[name].shape

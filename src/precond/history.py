@@ -123,9 +123,9 @@ class Window(History):
     """The last m observations, as in M-FAC and GGT.
 
     Entries averaged are kept as a stack of m. Rows are concatenated, oldest first, and scaled so that rows^T rows is the mean over the
-    observations (M-FAC) or their sum (GGT); their Gram matrix, where it is asked for, rolls with them: n p a new row where there are n. An invalid observation is left out; where it brings another number of rows than the one it
-    would push out, it takes a place of zeros in the window instead, with weight 0, since the device decides what is valid and the host
-    what the shapes are.
+    observations (M-FAC) or their sum (GGT); their Gram matrix, where it is asked for, rolls with them: n p a new row where there are n.
+    An invalid observation is left out; where it brings another number of rows than the one it would push out, it takes a place of zeros
+    in the window instead, with weight 0, since the device decides what is valid and the host what the shapes are.
 
     Args:
         m: the number of observations.

@@ -69,13 +69,15 @@ def _has_power(member: type[Solver]) -> bool:
     return dataclasses.is_dataclass(member) and "power" in {field.name for field in dataclasses.fields(member)}
 
 
-def _block(block: Operator, solver: Solver, damping: float | Tensor | Damping) -> Inverse:
+def _block(block: Operator, solver: Solver, damping: float | Tensor | Damping) -> Inverse | InverseBlockDiagonal:
+    if isinstance(block, BlockDiagonal):
+        return inverse(block, solver=solver, damping=damping)
     if isinstance(block, Diagonal) and not solver.takes(block):
         solver = Elementwise(power=solver.power)
     return _inverse(block, solver, damping)
 
 
 def _inverse(operator: Operator, solver: Solver, damping: float | Tensor | Damping) -> Inverse:
-    rule = resolve(damping, solver.natural_damping(type(operator)))
+    rule = resolve(damping, solver.natural_damping(type(operator))).at()
     state = solver.init(operator, rule)
     return Inverse(solver, state, solver.damped(operator, rule), solver.power, operator)

@@ -1,25 +1,41 @@
-"""The Lanczos process: a function of a symmetric operator times a vector, from products alone."""
+"""The Lanczos process: functions of a symmetric operator times a vector, from products alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from precond.numerics import eigh
 
+Product = Callable[[Tensor], Tensor]
 
-def tridiagonalise(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """An orthonormal Krylov basis V (n, k) of `product` from `start` (n,), and T = V^T C V: its diagonal (k,) and off-diagonal (k - 1,).
+
+class Tridiagonal(NamedTuple):
+    """C V = V T + rest v e_k^T with V (n, k) orthonormal; T has `diagonal` (k,) and `off` (k - 1,), and v is orthogonal to V."""
+
+    basis: Tensor
+    diagonal: Tensor
+    off: Tensor
+    rest: Tensor
+
+    def dense(self) -> Tensor:
+        """T, (k, k)."""
+        return torch.diag(self.diagonal) + torch.diag(self.off, 1) + torch.diag(self.off, -1)
+
+
+def tridiagonalise(product: Product, start: Tensor, steps: int, done: Callable[[Tridiagonal], bool] | None = None) -> Tridiagonal:
+    """An orthonormal Krylov basis of `product` from `start` (n,), and what it makes of the operator.
 
     Every new vector is orthogonalised twice against all before, which keeps V orthonormal to rounding at a cost of 4 k n a step.
-    Ends early where the Krylov space is invariant: k <= steps.
+    Ends early where the Krylov space is invariant, k <= steps, and where `done` says so of what there is.
     """
     basis = [start / start.norm()]
     diagonal: list[Tensor] = []
     off: list[Tensor] = []
-    scale = start.new_zeros(())
+    rest = scale = start.new_zeros(())
     for _ in range(min(steps, start.numel())):
         image = product(basis[-1])
         scale = torch.maximum(scale, image.norm())
@@ -27,15 +43,21 @@ def tridiagonalise(product: Callable[[Tensor], Tensor], start: Tensor, steps: in
         V = torch.stack(basis, dim=1)
         for _ in range(2):
             image = image - V @ (V.T @ image)
-        size = image.norm()
-        if len(diagonal) == min(steps, start.numel()) or bool(size <= 10 * torch.finfo(start.dtype).eps * scale * start.numel() ** 0.5):
+        rest = image.norm()
+        invariant = bool(rest <= 10 * torch.finfo(start.dtype).eps * scale * start.numel() ** 0.5)
+        if len(diagonal) == min(steps, start.numel()) or invariant or (done is not None and done(_gathered(basis, diagonal, off, rest))):
             break
-        off.append(size)
-        basis.append(image / size)
-    return torch.stack(basis[: len(diagonal)], dim=1), torch.stack(diagonal), torch.stack(off) if off else start.new_zeros(0)
+        off.append(rest)
+        basis.append(image / rest)
+    return _gathered(basis, diagonal, off, rest)
 
 
-def function_times_vector(product: Callable[[Tensor], Tensor], f: Callable[[Tensor], Tensor], vector: Tensor, steps: int) -> Tensor:
+def _gathered(basis: list[Tensor], diagonal: list[Tensor], off: list[Tensor], rest: Tensor) -> Tridiagonal:
+    V = torch.stack(basis[: len(diagonal)], dim=1)
+    return Tridiagonal(V, torch.stack(diagonal), torch.stack(off) if off else rest.new_zeros(0), rest)
+
+
+def function_times_vector(product: Product, f: Callable[[Tensor], Tensor], vector: Tensor, steps: int) -> Tensor:
     """f(C) v ~ |v| V f(T) e_1, f applied to eigenvalues; exact to rounding once k reaches the dimension of the Krylov space.
 
     Cost k products and 4 k^2 n. Source: Higham, "Functions of matrices", chapter 13.
@@ -47,8 +69,26 @@ def function_times_vector(product: Callable[[Tensor], Tensor], f: Callable[[Tens
     size = vector.norm()
     if not bool(size > 0):
         return torch.zeros_like(vector)
-    V, diagonal, off = tridiagonalise(product, vector, steps)
-    T = torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
-    values, vectors = eigh(T)
-    result: Tensor = size * (V @ (vectors @ (f(values) * vectors[0])))
+    found = tridiagonalise(product, vector, steps)
+    result: Tensor = size * (found.basis @ first_column(found.dense(), f))
     return result
+
+
+def first_column(T: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """f(T) e_1 for a symmetric `T` (k, k)."""
+    values, vectors = eigh(T)
+    return vectors @ (f(values) * vectors[0])
+
+
+def largest_eigenvalue(product: Product, start: Tensor, steps: int) -> Tensor:
+    """An upper estimate of the largest |eigenvalue|, 0-dim: the largest Ritz value and the norm of its residual.
+
+    `steps` products; never worse than as many of power iteration, whose vectors lie in the same Krylov space.
+
+    >>> C = torch.diag(torch.tensor([1.0, -2.0]))
+    >>> round(largest_eigenvalue(lambda v: C @ v, torch.ones(2), steps=2).item(), 4)
+    2.0
+    """
+    found = tridiagonalise(product, start, steps)
+    values, vectors = eigh(found.dense())
+    return (values.abs() + found.rest * vectors[-1].abs()).amax()

@@ -105,7 +105,7 @@ class Accumulator(History):
         else:
             check_shape(name, value, x)
             kept = value * keep.to(value.dtype)  # x is zero where it is not valid
-        result[name] = kept.add_(x * take.to(x.dtype)) if isinstance(take, Tensor) else kept.add_(x, alpha=take)
+            result[name] = kept.add_(x * take.to(x.dtype)) if isinstance(take, Tensor) else kept.add_(x, alpha=take)
         result[name + WEIGHT] = keep * weight + valid * torch.as_tensor(take, dtype=torch.float64, device=x.device)
 
     def _append(self, name: str, value: Tensor, x: Tensor, stat: Stat, keep: Tensor, take: Tensor) -> Tensor:

@@ -49,6 +49,11 @@ def make_options(
     """Options from the arguments of `Preconditioner`; raises one sentence for a value that has no meaning."""
     resolved = histories.resolve(history)
     check_history(resolved, representation)
+    if not representation.averaged and not isinstance(resolved, Local):
+        raise InvalidCombination(
+            f"representation {representation.name!r} holds pairs here, which are averaged in the matrix or by the solver that follows them: use "
+            "history='local'."
+        )
     if representation.live and (curvature_interval != 1 or solver_interval not in (None, 1)):
         raise InvalidCombination(
             f"representation {representation.name!r} lives one step, so an older one cannot be applied: curvature_interval and "

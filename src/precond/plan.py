@@ -20,6 +20,7 @@ from precond.layers import GENERIC
 from precond.matrices import REGISTRY as MATRICES
 from precond.matrices import Matrix
 from precond.observe import Columns, Demand, Kind, Part, Reduce, Reduced
+from precond.operators import Operator
 from precond.representations import REGISTRY as REPRESENTATIONS
 from precond.representations import Representation
 from precond.solvers import REGISTRY as SOLVERS
@@ -109,7 +110,7 @@ class _Draft:
         self.fed[number][2].update(block.layers)
         held = triple.repr.over(kind)
         damping = resolve(triple.damping, triple.solver.natural_damping(held.structure))
-        self.blocks.append(BlockPlan(block, triple.matrix, held, triple.solver, damping, kind, number, note))
+        self.blocks.append(BlockPlan(held.coordinates(block), triple.matrix, held, triple.solver, damping, kind, number, note))
 
     def leave(self, owner: str, reason: str, block: Block | None = None) -> None:
         """A layer that the user did not ask to leave out has no curvature: said once, and shown by `describe()`."""
@@ -259,13 +260,13 @@ def _why_no_inputs(partition: Partition, owner: str) -> str | None:
 def _fall_back(draft: _Draft, triple: Triple, owner: str, block: Block, reason: str) -> None:
     """The declared fallback of a representation that cannot host a layer, with the solver that its structure needs."""
     representation = REPRESENTATIONS.create(triple.repr.fallback(block))
-    kind, power = cells.resolve_kind(triple.matrix, representation), triple.solver.power
-    structure = representation.structure if kind is None else representation.over(kind).structure
+    power = triple.solver.power
     candidates = (triple.solver, Elementwise(power=power), Eigen(power=power))
-    solver = next((s for s in candidates if s.takes(structure)), triple.solver)
+    found = ((s, _structure(triple.matrix, representation, s)) for s in candidates)
+    solver, structure = next(((s, made) for s, made in found if s.takes(made)), (triple.solver, representation.structure))
     damping = triple.damping
     if isinstance(damping, Damping) and cells.why_not_damping(structure, solver, damping) is not None:
-        damping = float(damping.value)  # the same amount, in the form natural to the fallback
+        damping = damping.plain()  # the same amount, in the form natural to the fallback
     instead = Triple(triple.matrix, representation, solver, damping)
     impossible = cells.why_not(triple.matrix, representation, solver)
     if impossible is not None:
@@ -274,6 +275,12 @@ def _fall_back(draft: _Draft, triple: Triple, owner: str, block: Block, reason: 
     for fallback in draft.partition.blocks([owner], representation.scope):
         if set(fallback.names) <= set(block.names):
             draft.add(fallback, instead, instead.check(), f"fallback from {triple.repr.name}: {reason}")
+
+
+def _structure(matrix: Matrix, representation: Representation, solver: Solver) -> type[Operator]:
+    """What a representation makes of a matrix for a solver."""
+    kind = cells.resolve_kind(matrix, representation, solver)
+    return representation.structure if kind is None else representation.over(kind).structure
 
 
 def _refuse_layers(partition: Partition, demands: Sequence[Demand]) -> None:

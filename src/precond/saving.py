@@ -20,7 +20,8 @@ def save(progress: Progress, blocks: Sequence[BlockState]) -> dict[str, Any]:
     return {
         "version": VERSION, "step": progress.step, "seed": progress.seed, "counters": dict(progress.diagnostics),
         "blocks": {
-            b.name: {"holds": _holds(b), "statistics": dict(b.statistics), "state": _copied(b.state, None), "failures": b.failures} for b in blocks
+            b.name: {"holds": _holds(b), "statistics": dict(b.statistics), "state": _copied(b.state, None), "failures": b.failures,
+                "damping": dict(b.level)} for b in blocks
         },
         "transforms": _copied(progress.transforms, None),
     }  # fmt: skip
@@ -47,6 +48,7 @@ def load(state: Mapping[str, Any], progress: Progress, blocks: Sequence[BlockSta
     for b in blocks:
         entry = saved[b.name]
         b.statistics, b.state, b.failures = _copied(entry["statistics"], device), _copied(entry["state"], device), int(entry["failures"])
+        b.level = _copied(entry.get("damping", {}), device)
 
 
 def _copied(tree: Any, device: torch.device | None) -> Any:

@@ -154,7 +154,7 @@ class Session:
                 "this step differentiated no loss that the preconditioner saw: compute it with the attached criterion on the model's output "
                 "(under gradients; with `labels` where the model computes its loss), or call observe(loss, output, target) before loss.backward()."
             )
-        names = {p.name for b in self.plan.blocks if b.kind == "gradient" for p in b.block.parameters}
+        names = {p.name for b in self.plan.blocks if b.kind in ("gradient", "whitening") for p in b.block.parameters}
         tensors = self.plan.partition.tensors
         complete = {n: gradients[n] if n in gradients else torch.zeros_like(_wide(tensors[n])) for n in names}
         assembly = self._assembly()
@@ -225,7 +225,7 @@ def _marks(params: dict[str, nn.Parameter]) -> Iterator[tuple[int, int]]:
 
 
 def _coordinates(block: Block) -> tuple[Any, ...]:
-    return block.rows, [(p.name, p.shape) for p in block.parameters]
+    return block.rows, block.tiling, [(p.name, p.shape) for p in block.parameters]
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def _batches(inputs: Any, targets: Targets | None, batches: Iterable[Batch] | No
 def _record(observer: Observer, plan: Plan, criterion: nn.Module, likelihood: Likelihood, data: list[Batch]) -> Tensors:
     """Forward passes, and in place of a backward pass the columns and the weighted mean gradient."""
     tensors = plan.partition.tensors
-    wanted = {p.name for b in plan.blocks if b.kind == "gradient" for p in b.block.parameters}
+    wanted = {p.name for b in plan.blocks if b.kind in ("gradient", "whitening") for p in b.block.parameters}
     params = {n: p for n, p in tensors.items() if n in wanted}
     gradients: Tensors = {n: torch.zeros_like(p) for n, p in params.items()}
     weights: list[Tensor] = []

@@ -22,8 +22,8 @@ class Stat:
     """One entry of the statistics.
 
     Args:
-        kind: "mean", averaged; "rows", concatenated along the first dimension, over steps and ranks alike: u with C = u^T u; "state", replaced by each valid observation, for
-            what is no average (a BFGS matrix is made from the one before); "local", lives one step.
+        kind: "mean", averaged; "rows", concatenated along the first dimension, over steps and ranks alike: U with
+            C = U^T U; "state", replaced by each valid observation, for what is no average (a BFGS matrix is made from the one before); "local", lives one step.
         degree: how the entry scales with the loss: times c^degree when the loss is multiplied by c; rows by c^(degree / 2).
         form: "matrix" (*batch, n, n) and "diagonal" (*batch, n) say where a multiple of the identity may be added; "plain" has none.
         gram: of rows (n, *batch, p): a history that concatenates them keeps their Gram matrix (*batch, n, n) beside them, NAME + GRAM, and

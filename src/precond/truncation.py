@@ -89,7 +89,8 @@ class Truncation:
     def _choose(self, values: Tensor) -> Tensor:
         """Which of the eigenvalues (*batch, n), in descending order, are kept: 1 or 0."""
         kept = torch.ones_like(values)
-        kept[..., self.rank :] = 0.0
+        if self.rank is not None:
+            kept[..., self.rank :] = 0.0
         if self.tolerance:
             kept = kept * (values > self.tolerance * values[..., :1])
         if self.energy is not None and self.energy < 1:

@@ -21,6 +21,7 @@ from precond.observe import (
     Observation,
     Observer,
     Pair,
+    Probes,
     Product,
     Slope,
     Tensors,
@@ -37,6 +38,7 @@ class Measured:
     weight: Tensor
 
 
+_REDUCED = (Gradient, Pair, Probes, Slope)  # what is the same on all ranks already
 Observations = Sequence[Observation | Measured] | Mapping[int, Observation]
 """By demand."""
 
@@ -58,10 +60,12 @@ class Assembly:
     def _one(self, number: int, gradients: Tensors) -> Observation | Measured:
         demand = self.plan.demands[number]
         matrix: Any = demand.matrix
-        if demand.sampled:
-            return self._sampled(number)
         if demand.kind == "gradient":
-            return Gradient(self._per_term(gradients) if matrix.counts_terms else gradients)
+            return self._gradient(number, gradients)
+        if demand.kind == "whitening":
+            return observe.whitening(self._gradient(number, gradients).values, *self._key(number))
+        if demand.kind == "pairs":
+            return observe.probes({n: p.detach() for n, p in demand.params.items()}, self._product(number), *self._key(number))
         if demand.kind == "columns" and (early := observe.reduced(self.observer, number)) is not None:
             return Measured(*early)
         if demand.kind == "columns":
@@ -73,6 +77,18 @@ class Assembly:
         if demand.kind == "factors":
             return self._chained(number) if matrix.chained else observe.factors(self.observer, number)
         return self._product(number)
+
+    def _key(self, number: int) -> tuple[int, int, int]:
+        """Of the random vectors of a demand, the same on all ranks."""
+        return self.observer.seed(), self.observer.step(), number
+
+    def _gradient(self, number: int, gradients: Tensors) -> Gradient:
+        demand = self.plan.demands[number]
+        matrix: Any = demand.matrix
+        if demand.sampled:
+            return self._sampled(number)
+        mine = {n: gradients[n] for n in demand.params}
+        return Gradient(self._per_term(mine) if matrix.counts_terms else mine)
 
     def after(self, start: Tensors, slope: Tensors) -> dict[int, Observation]:
         """By demand, what can be observed only after the optimizer's update; start and slope: the parameters and the gradient before it."""
@@ -139,10 +155,21 @@ class Assembly:
         return replace(observe.factors(self.observer, number), outputs=outputs)
 
     def _product(self, number: int) -> Product:
-        demand, tensors = self.plan.demands[number], self.plan.partition.tensors
+        return self.product(self.plan.demands[number].matrix, number, {n: self.plan.partition.tensors[n] for n in self.names(number)})
+
+    def names(self, number: int) -> list[str]:
+        """The parameters of the blocks of a demand."""
         names = {p.name for plan in self.plan.blocks if plan.demand == number for p in plan.block.parameters}
-        params = {n: p for n, p in tensors.items() if n in names}
-        matrix: Any = demand.matrix
+        return [n for n in self.plan.partition.tensors if n in names]
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """The loss of the step's criterion calls over all ranks, as it was and at the present parameters."""
+        factor = self._factor(observe.weight(self.observer))
+        before, after = self.group.sum([loss * factor for loss in observe.losses(self.observer)])
+        return before, after
+
+    def product(self, matrix: Any, number: int, params: Mapping[str, Tensor], elsewhere: bool = False) -> Product:
+        """v -> C v, in the block of `params`; number: what keys its draws. elsewhere: at leaves that stand in the place of the parameters."""
 
         def curvature(part: CriterionCall) -> Any:
             if matrix.second_order:
@@ -151,7 +178,7 @@ class Assembly:
             frozen = matrix.frozen(context)
             return lambda output, vector: matrix.output_product(context, frozen, vector)
 
-        product, mean = observe.product(self.observer, number, params, curvature)
+        product, mean = observe.product(self.observer, number, params, curvature, elsewhere)
         factor = self._factor(product.weight)
 
         def over_ranks(local: Tensors) -> Tensors:
@@ -201,7 +228,7 @@ class Assembly:
         for i, (block, new, flag) in enumerate(zip(blocks, measured, flags, strict=True)):
             observation = observations[block.plan.demand]
             weight = torch.where(flag, observation.weight.to(flag.device), 0.0)
-            shared = not isinstance(observation, (Gradient, Pair, Slope))
+            shared = not isinstance(observation, _REDUCED)
             weights.append(weight if shared else weight / self.group.size)
             for name, value in new.items():
                 if block.spec[name].kind in ("mean", "state") and shared and self.group.several:
@@ -212,17 +239,36 @@ class Assembly:
         for (i, name), value in zip(entries, reduced, strict=True):
             total = totals[i].to(value.dtype)
             measured[i][name] = value / torch.where(total == 0, torch.ones_like(total), total)
+        if self.group.several:
+            self._concatenate(blocks, observations, measured, flags, [w / torch.where(t == 0, 1.0, t) for w, t in zip(weights, totals, strict=True)])
         if self.given:
             for block, new, total in zip(blocks, measured, totals, strict=True):
                 if _depends_on_loss(observations[block.plan.demand]):
                     self._scale_given(block, new, total / (self.amp_scale * self.group.size))
         return [total > 0 if self.group.several else flag for total, flag in zip(totals, flags, strict=True)]
 
+    def _concatenate(
+        self, blocks: Sequence[BlockState], observations: Observations, measured: list[dict[str, Any]], flags: list[Tensor], shares: list[Tensor]
+    ) -> None:
+        """The rows of all ranks in place, each with its rank's share of the weight; those of a rank with bad data are zeros."""
+        entries: dict[str, tuple[int, str]] = {}
+        rows: dict[str, Tensor] = {}
+        for i, (block, new, flag, share) in enumerate(zip(blocks, measured, flags, shares, strict=True)):
+            if isinstance(observations[block.plan.demand], _REDUCED):
+                continue
+            for name, value in new.items():
+                if block.spec[name].kind == "rows":
+                    entries[f"{block.name}: {name}"] = (i, name)
+                    rows[f"{block.name}: {name}"] = torch.where(flag, value, 0.0) * block.spec[name].scale(share).to(value.dtype)
+        for key, value in self.group.concatenate(rows).items():
+            i, name = entries[key]
+            measured[i][name] = value
+
     @staticmethod
     def _scale_given(block: BlockState, new: dict[str, Any], total: Tensor) -> None:
         for name, stat in block.spec.items():
             if name in new and stat.kind != "local":
-                new[name] = new[name] * (total**stat.degree).to(new[name].dtype)
+                new[name] = new[name] * stat.scale(total).to(new[name].dtype)
 
 
 def _depends_on_loss(observation: Observation | Measured) -> bool:

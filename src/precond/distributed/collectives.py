@@ -1,14 +1,17 @@
-"""The collectives: sums over ranks, in one bucket a dtype. The plan decides their sequence, data never does."""
+"""The collectives: sums over ranks and concatenations, in one bucket a dtype. The plan decides their sequence, data never does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from precond.errors import ObservationError
 
 
 class Group:
@@ -35,6 +38,53 @@ class Group:
             for i, piece in zip(members, bucket.split([tensors[i].numel() for i in members]), strict=True):
                 out[i] = piece.view(tensors[i].shape)
         return out
+
+    def concatenate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The rows of all ranks, in the order of the ranks; every rank must pass tensors of the same names, in as many dimensions.
+
+        Two collectives, and one more a dtype: ranks may have different numbers of rows, and get them all.
+
+        Raises:
+            ObservationError: rows of the ranks differ in anything but their number; on all ranks alike.
+        """
+        if not self.several or not tensors:
+            return dict(tensors)
+        names = list(tensors)
+        mine = torch.tensor(
+            [size for t in tensors.values() for size in t.shape], dtype=torch.int64, device=next(iter(tensors.values())).device
+        )
+        shapes = [self._split_shapes(found.tolist(), tensors) for found in self._all(mine)]
+        for name in names:
+            ends = {shape[name][1:] for shape in shapes if shape[name][0]}
+            if len(ends) > 1:
+                raise ObservationError(
+                    f"the ranks hold rows {name!r} of different shapes, {sorted(ends)}, which cannot stand in one matrix: give the batches of a step "
+                    "the same length on all ranks, or use a representation without rows, such as 'kron_io'."
+                )
+        out: dict[str, Tensor] = {}
+        for dtype in sorted({t.dtype for t in tensors.values()}, key=str):
+            members = [name for name in names if tensors[name].dtype == dtype]
+            sizes = [sum(math.prod(shape[name]) for name in members) for shape in shapes]
+            bucket = torch.cat([tensors[name].reshape(-1) for name in members])
+            found = self._all(torch.nn.functional.pad(bucket, (0, max(sizes) - len(bucket))))
+            pieces = [
+                dict(zip(members, b[:size].split([math.prod(shape[name]) for name in members]), strict=True))
+                for b, size, shape in zip(found, sizes, shapes, strict=True)
+            ]
+            for name in members:
+                parts = [p[name].view(shape[name]) for p, shape in zip(pieces, shapes, strict=True) if shape[name][0]]
+                out[name] = torch.cat(parts) if parts else tensors[name]
+        return out
+
+    def _all(self, tensor: Tensor) -> list[Tensor]:
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(found, tensor, group=self._group)
+        return found
+
+    @staticmethod
+    def _split_shapes(sizes: list[int], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        left = iter(sizes)
+        return {name: tuple(next(left) for _ in t.shape) for name, t in tensors.items()}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

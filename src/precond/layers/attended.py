@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from precond.errors import ObservationError
 from precond.layers.base import wide
-from precond.observe import LayerColumns, batched_grad
+from precond.observe import LayerColumns, batched_grad, drawing_again
 
 _ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 _DEFAULTS = {"need_weights": True, "average_attn_weights": True, "is_causal": False}
@@ -53,11 +53,29 @@ def tokens(seen: LayerColumns) -> tuple[Tensor, Tensor, Tensor]:
     return (q, q, q) if inputs[0] is inputs[1] is inputs[2] else (q, k, v)
 
 
-def dropout_of(module: nn.MultiheadAttention) -> str | None:
-    """Why it cannot be computed again, or None."""
-    if module.training and module.dropout > 0:
-        return f"its attention weights have dropout {module.dropout}, which would draw another mask when they are computed again: use dropout=0"
-    return None
+def _dropped(seen: LayerColumns, weights: Tensor) -> Tensor:
+    """The attention weights under the mask that the call drew."""
+    module = attention_of(seen)
+    if seen.drawn is None or module.dropout == 0:
+        return weights
+    with drawing_again(seen.drawn.states, weights.device):
+        return F.dropout(weights, module.dropout)
+
+
+def _check_mask(seen: LayerColumns, context: Tensor) -> None:
+    """A fused kernel draws in an order of its own: then what is computed again is not what was given."""
+    if seen.drawn is None:
+        return
+    module, given = attention_of(seen), seen.drawn.output.detach()
+    bias = module.out_proj.bias
+    again = F.linear(context.detach(), wide(module.out_proj.weight.detach()), None if bias is None else wide(bias.detach()))
+    output = wide(given if module.batch_first else given.transpose(0, 1))
+    if bool((again - output).norm() > max(1e-3, torch.finfo(given.dtype).eps ** 0.5) * output.norm()):
+        raise ObservationError(
+            f"layer {seen.name!r} (MultiheadAttention) dropped attention weights in a fused kernel, whose mask cannot be drawn again: run the "
+            "model under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), call the layer with need_weights=True, use dropout=0, or leave it out "
+            f"with overrides={{{seen.name!r}: None}}."
+        )
 
 
 def weight_or_bias(module: nn.MultiheadAttention, name: str, position: int) -> Tensor | None:
@@ -91,11 +109,6 @@ def _mask(seen: LayerColumns, like: Tensor) -> Tensor | None:
 def attend(seen: LayerColumns) -> Attended:
     """The call once more, differentiable in what the projections gave."""
     module, inputs = attention_of(seen), tokens(seen)
-    reason = dropout_of(module)
-    if reason is not None:
-        raise ObservationError(
-            f"layer {seen.name!r} (MultiheadAttention) is refused: {reason}; or leave it out, overrides={{{seen.name!r}: None}}."
-        )
     leaves = []
     for i, x in enumerate(inputs):
         weight = weight_or_bias(module, "weight", i)
@@ -115,9 +128,11 @@ def attend(seen: LayerColumns) -> Attended:
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
         mask = _mask(seen, scores)
         weights = (scores if mask is None else scores + F.pad(mask, (0, scores.shape[3] - mask.shape[-1]))).softmax(-1)
+        weights = _dropped(seen, weights)
         context = (weights @ v).transpose(1, 2).flatten(2)
         if _arguments(seen)["average_attn_weights"]:
             weights = weights.mean(1)
+    _check_mask(seen, context)
     return Attended(inputs, tuple(leaves), context, weights)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from precond.layers.attended import attend, attention_of, dropout_of, output_grad, projected_grads, tokens, weight_or_bias
+from precond.layers.attended import attend, attention_of, output_grad, projected_grads, tokens, weight_or_bias
 from precond.layers.base import Piece, Ragged, Rule
 from precond.layers.linear import LinearRule
 from precond.layers.registration import register
@@ -122,8 +122,8 @@ BIAS, EXTRA_KEY, EXTRA_VALUE = Added((0, 1, 2)), Added((3,)), Added((4,))
 class Attention(Rule):
     """softmax(q k^T / sqrt(head width) + mask) v, with q, k, v and the output by Linear layers, which are its pieces.
 
-    K-FAC has a pair of factors each for query, key and value, packed in one weight or not, and one for the output. Dropout of
-    the attention weights is refused in training mode.
+    K-FAC has a pair of factors each for query, key and value, packed in one weight or not, and one for the output. A
+    mask of dropout on the attention weights is drawn again from the generator's state before the call, and the output compared.
     """
 
     def pieces(self, module: nn.Module) -> Mapping[str, Piece]:
@@ -162,7 +162,3 @@ class Attention(Rule):
     def knows(self, module: nn.Module) -> bool:
         held = {name for piece in self.pieces(module).values() for name in piece.parameters.values()}
         return {name for name, _ in module.named_parameters()} <= held
-
-    def refuse(self, module: nn.Module) -> str | None:
-        assert isinstance(module, nn.MultiheadAttention)
-        return dropout_of(module)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from precond.lanczos import function_times_vector
 from precond.matrices.base import REGISTRY, Matrix
-from precond.operators import Dense, Diagonal, MatrixFree, Operator
+from precond.operators import Absolute, Dense, Diagonal, Operator
 
 
 @REGISTRY.register("abs_hessian")
@@ -45,9 +43,4 @@ class AbsHessian(Matrix):
         if isinstance(operator, Dense):
             values, vectors = torch.linalg.eigh(operator.matrix)
             return Dense((vectors * values.abs().unsqueeze(-2)) @ vectors.mT)
-        product, steps = operator, self.steps
-
-        def absolute(v: Tensor) -> Tensor:
-            return function_times_vector(lambda u: product @ u, torch.abs, v, steps)
-
-        return MatrixFree(absolute, operator.n, operator.dtype, operator.device)
+        return Absolute(operator, self.steps)

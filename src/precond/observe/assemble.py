@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from precond.errors import ObservationError
 from precond.observe.chain import ChainSums
@@ -158,22 +158,24 @@ Mean = Callable[[], tuple[Tensors, Tensor]]
 
 
 def product(
-    observer: Observer, number: int, params: dict[str, nn.Parameter], curvature: Callable[[CriterionCall], OutputCurvature | None]
-) -> tuple[Product, Mean]:
+    observer: Observer, number: int, params: Mapping[str, Tensor], curvature: Callable[[CriterionCall], OutputCurvature | None],
+    elsewhere: bool = False,
+) -> tuple[Product, Mean]:  # fmt: skip
     """A live product over all parts of the step, on this rank, divided by the sum of their weights; and its mean.
 
     curvature(part) is None where the matrix is the Hessian of the loss itself. The mean, for a matrix that is centred,
-    is (sum c_i g_i by parameter, sum c_i) over examples, c_i = share * scale.
+    is (sum c_i g_i by parameter, sum c_i) over examples, c_i = share * scale. elsewhere: `params` are leaves that stand in the model's place.
     """
+    at = params if elsewhere else None
     parts, total = _weighted(observer)
     terms: list[tuple[Tensor, Linearised | SecondOrder, CriterionCall]] = []
     for part in parts:
         output_curvature = curvature(part)
         weight = _weight(part) / total
         if output_curvature is None:
-            terms.append((weight, SecondOrder(part, observer.model, params), part))
+            terms.append((weight, SecondOrder(part, observer.model, params, at), part))
         else:
-            terms.append((weight * _scale(part), Linearised(part, observer.model, params, output_curvature), part))
+            terms.append((weight * _scale(part), Linearised(part, observer.model, params, output_curvature, at), part))
 
     def local(vectors: Tensors) -> Tensors:
         return _weighted_sum((weight, term(vectors)) for weight, term, _ in terms)

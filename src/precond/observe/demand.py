@@ -72,12 +72,12 @@ class Demand:
     @property
     def replayed(self) -> bool:
         """Whether the forward pass will be run again."""
-        return self.kind in ("product", "secant", "layer_secant")
+        return self.kind in ("product", "pairs", "secant", "layer_secant")
 
     @property
     def sampled(self) -> bool:
         """Fed by a nested pass down to the parameters, at drawn labels."""
-        return self.kind == "gradient" and self.matrix.sampled
+        return self.kind in ("gradient", "whitening") and self.matrix.sampled
 
     @property
     def chained(self) -> bool:

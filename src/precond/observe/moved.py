@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from precond.errors import ObservationError
 from precond.observe.grouping import by_layer
+from precond.observe.guard import own_pass
 from precond.observe.hooks import Handles
 from precond.observe.observation import Columns, LayerColumns, Part, Tensors
 from precond.observe.observer import Observer
 from precond.observe.passes import batched_grad, nested_columns
 from precond.observe.records import CriterionCall, Forward
-from precond.observe.replay import replay
+from precond.observe.recorder import draws
+from precond.observe.replay import replay, save_rng
 
 
 def weight(observer: Observer) -> Tensor:
@@ -44,6 +46,27 @@ def moved_slope(observer: Observer, names: Mapping[str, nn.Parameter]) -> Tensor
     return out
 
 
+def losses(observer: Observer) -> tuple[Tensor, Tensor]:
+    """The loss of the step's parts, divided by the sum of their weights: as it was, and at the present parameters, by one forward pass each."""
+    total, before, after = weight(observer), [], []
+    for part in _parts(observer):
+        share = _weight(part) / total
+        before.append(share * _loss(part, part.output))
+        after.append(share * _loss(part, replay(part, observer.model, graph=False)))
+    return torch.stack(before).sum(), torch.stack(after).sum()
+
+
+def _loss(part: CriterionCall, output: Tensor) -> Tensor:
+    if part.criterion is None:
+        raise ObservationError(
+            "the loss after the update needs the criterion itself, which `observe(loss, output, target)` does not give: attach a criterion module, "
+            "or use a damping that does not follow the loss."
+        )
+    wide = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    with own_pass(), torch.no_grad():
+        return part.likelihood.loss(part.criterion, wide, part.target).to(torch.float64)
+
+
 def moved_columns(observer: Observer, number: int) -> Columns:
     """The true columns of demand `number` at the present parameters."""
     parts, layers, total = _parts(observer), observer.demands[number].layers, weight(observer)
@@ -61,6 +84,8 @@ def _replayed_columns(part: CriterionCall, observer: Observer, layers: frozenset
     for name in layers:
         module = observer.layers[name]
         handles.add(module.register_forward_hook(_watch(again, observer, name), with_kwargs=True))
+        if draws(module):
+            handles.add(module.register_forward_pre_hook(_before(observer, name)))
     try:
         output = replay(part, observer.model)
     finally:
@@ -73,6 +98,13 @@ def _watch(forward: Forward, observer: Observer, name: str) -> Any:
         args, kwargs, handed_on = observer.spread(name, args, kwargs, output, forward.batch)
         forward.calls.append(observer.call(name, module, args, kwargs, handed_on))
         return None if handed_on is output else handed_on
+
+    return seen
+
+
+def _before(observer: Observer, name: str) -> Any:
+    def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
+        observer.states[name] = save_rng(next(module.parameters()).device)
 
     return seen
 

@@ -12,8 +12,17 @@ from torch import Tensor, nn
 from precond.observe.trees import tensors_in
 from precond.secant import PairRule
 
-Kind = Literal["columns", "gradient", "product", "factors", "secant", "successive", "layer_secant"]
+Kind = Literal["columns", "gradient", "product", "factors", "secant", "successive", "layer_secant", "pairs", "whitening"]
+Distribution = Literal["rademacher", "normal"]
 Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Of a call that drew random numbers: the generators' states before it, by device type, and the output that came of them."""
+
+    states: Mapping[str, Tensor]
+    output: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class LayerColumns:
     training: bool
     batch: int
     rows: str | None = None
+    drawn: Drawn | None = None
 
     @property
     def input(self) -> Tensor:
@@ -110,6 +120,18 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Probes:
+    """Pairs (v, h), v drawn over all the parameters of a demand: h = C v, or the gradient of the step, to which v is then noise.
+
+    draw(distribution, samples): v and h by parameter, with one leading dimension of samples; drawn once a step for all who ask, equal
+    on all ranks, and already summed over parts and ranks.
+    """
+
+    draw: Callable[[Distribution, int], tuple[Tensors, Tensors]]
+    weight: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
 class Pair:
     """A step s and the change y of the gradient of one batch along it, already summed over parts and ranks.
 
@@ -145,4 +167,4 @@ class Moved:
         return self.columns.weight
 
 
-Observation = Columns | Gradient | Product | Factors | Pair | Slope | Moved
+Observation = Columns | Gradient | Product | Factors | Probes | Pair | Slope | Moved

@@ -14,7 +14,7 @@ It turns events into records, and records into the observations that matrices ar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,30 +36,35 @@ from precond.observe.matching import find_forward, refuse_reentrant_checkpoint
 from precond.observe.observation import LayerColumns, Part, Tensors
 from precond.observe.own_loss import LossReader
 from precond.observe.passes import batched_grad, grouped, nested_columns
-from precond.observe.randomness import keyed_generator
 from precond.observe.recorder import Recorder
 from precond.observe.records import CriterionCall
 from precond.observe.selfcheck import SelfCheck
 from precond.observe.streaming import streamed
+from precond.randomness import keyed_generator
 
 Target = Tensor | tuple[Any, ...]
 _COLUMN_ELEMENTS = 1 << 18  # numbers at the outputs of all layers that columns may hold at once, however small the model
 
 
 class Observer(Recorder):
-    """Watches one model and its criteria; `step()` is the number of the present step, `seed()` keys all draws."""
+    """Watches one model and its criteria; `step()` is the number of the present step, `seed()` keys all draws.
+
+    followed: parameters whose gradient is caught, in a pass that will be run again.
+    """
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, nn.Module], demands: Sequence[Demand], *, due: Callable[[], bool],
         step: Callable[[], int], seed: Callable[[], int], params: Sequence[nn.Parameter], rank: int = 0,
         rows: Mapping[str, str] | None = None, selfcheck: SelfCheck | None = None, renew: Callable[[], Observer | None] = lambda: None,
+        followed: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(model, layers, due, rows or {}, renew)
         self.demands, self.params = list(demands), list(params)
         self.step, self.seed, self.rank, self.selfcheck = step, seed, rank, selfcheck
         self.parts: list[CriterionCall] = []
         self.slope: Tensors = {}  # the gradient of the parts, weights and all, as it reached the parameters
-        self._catch = GradientCatch({n for d in self.demands if d.slope for n in d.params})
+        self._catch = GradientCatch({n for d in self.demands if d.slope for n in d.params}.union(followed))
+        self._followed = bool(followed)
         self._passes = 0
         self._index = (-1, 0)  # (step, criterion calls seen in it)
         self._marks: list[tuple[bool, int]] = []
@@ -70,7 +75,7 @@ class Observer(Recorder):
         return any(d.backward for d in self.demands) or (self.selfcheck is not None and self.selfcheck.pending)
 
     def _keeps_outputs(self) -> bool:
-        return any(d.replayed for d in self.demands)
+        return self._followed or any(d.replayed for d in self.demands)
 
     def watch_criterion(self, criterion: nn.Module, likelihood: Likelihood) -> None:
         self._handles.add(criterion.register_forward_hook(Hook(self._after_criterion, likelihood), with_kwargs=True))

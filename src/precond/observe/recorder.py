@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from precond.observe.guard import busy
 from precond.observe.hooks import Handles, Hook
+from precond.observe.observation import Drawn
 from precond.observe.records import Call, Clock, Forward
 from precond.observe.replay import save_rng
 from precond.observe.shared import SHARED, over_examples
@@ -42,6 +43,7 @@ class Recorder(ABC):
         self._key = f"precond.{next(_keys)}"
         self._handles, self._layer_handles = Handles(), Handles()
         self._open: Forward | None = None
+        self.states: dict[str, dict[str, Tensor]] = {}  # of the generators, before the present call of a layer that draws
         self._multi_output: deque[weakref.ref[Forward]] = deque()
 
     @abstractmethod
@@ -85,6 +87,8 @@ class Recorder(ABC):
             if module is not model:  # the model as a layer of its own is seen when its forward pass ends
                 hook = Hook(self._after_layer, name, true_columns)
                 self._layer_handles.add(module.register_forward_hook(hook, with_kwargs=True))
+                if draws(module):
+                    self._layer_handles.add(module.register_forward_pre_hook(Hook(self._before_drawing, name)))
 
     def _after_layer(
         self, name: str, true_columns: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -98,6 +102,10 @@ class Recorder(ABC):
         args, kwargs, handed_on = self.spread(name, args, kwargs, output, forward.batch)
         forward.calls.append(self.call(name, module, args, kwargs, handed_on, true_columns))
         return None if handed_on is output else handed_on
+
+    def _before_drawing(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not busy():
+            self.states[name] = save_rng(next(module.parameters()).device)
 
     def _layout(self, name: str) -> str | None:
         return next((layout for pattern, layout in self.rows.items() if fnmatchcase(name, pattern)), None)
@@ -124,7 +132,9 @@ class Recorder(ABC):
         inputs = (detached(args), detached(kwargs))
         size = sum(tensor.numel() for tensor in tensors_in(output))
         rows = layout if (layout := self._layout(name)) != SHARED else None  # it has the batch in front by now, as other layers do
-        return Call(name, module, *inputs, module.training, rows, edges, numbers, slots, versions(inputs), size)
+        states, outputs = self.states.pop(name, None), list(tensors_in(output))
+        drawn = Drawn(states, outputs[0].detach()) if states is not None else None
+        return Call(name, module, *inputs, module.training, rows, edges, numbers, slots, versions(inputs), size, drawn)
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
         if busy():
@@ -157,6 +167,12 @@ class Recorder(ABC):
             oldest = self._multi_output.popleft()()
             if oldest is not None and not oldest.differentiated:
                 oldest.calls.clear()
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether a call of the module draws random numbers in its own code (children have hooks of their own)."""
+    rate = getattr(module, "dropout", 0.0)
+    return module.training and isinstance(rate, float) and rate > 0
 
 
 def _keep_gradient(slot: list[tuple[int, Tensor]], clock: Clock) -> Callable[[Tensor], None]:

@@ -14,7 +14,7 @@ from precond.errors import ObservationError
 from precond.likelihoods import Likelihood
 from precond.observe.bridge import Bridge
 from precond.observe.chain import ChainSums
-from precond.observe.observation import LayerColumns
+from precond.observe.observation import Drawn, LayerColumns
 from precond.observe.trees import versions
 
 
@@ -45,6 +45,7 @@ class Call:
     slots: list[list[tuple[int, Tensor]]]
     versions: tuple[int, ...]
     size: int = 0  # numbers in its outputs
+    drawn: Drawn | None = None
 
     def resolve(self, nodes: Mapping[int, Any]) -> list[GradientEdge | None]:
         """The edges, with those at the model's output taken from the nodes found by walking back from the criterion."""
@@ -60,7 +61,7 @@ class Call:
                 f"the input of layer {self.name!r} was changed in place after the layer read it, so its curvature would be wrong: "
                 f"clone it first, or leave the layer out with overrides={{{self.name!r}: None}}."
             )
-        return LayerColumns(self.name, self.module, self.args, self.kwargs, tuple(grads), self.training, batch, self.rows)
+        return LayerColumns(self.name, self.module, self.args, self.kwargs, tuple(grads), self.training, batch, self.rows, self.drawn)
 
 
 @dataclass

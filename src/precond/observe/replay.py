@@ -7,7 +7,7 @@ forward pass is run again on the unwrapped module with the same arguments, rando
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from precond.errors import ObservationError
 from precond.observe.guard import own_pass
+from precond.observe.names import canonical
 from precond.observe.observation import Tensors
 from precond.observe.passes import batched_grad
 from precond.observe.records import CriterionCall, Forward
@@ -37,22 +38,28 @@ def save_rng(device: torch.device) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def same_conditions(forward: Forward, device: torch.device) -> Iterator[None]:
-    """Randomness and autocast as they were when the pass was recorded."""
-    kind, enabled, dtype = forward.autocast
-    devices = [device] if device.type == "cuda" else []
-    with (
-        own_pass(), torch.enable_grad(), torch.random.fork_rng(devices=devices),
-        torch.autocast(kind, enabled=enabled, dtype=dtype), sdpa_kernel(SDPBackend.MATH),
-    ):  # fused attention has no second derivative; the math kernel has
-        torch.set_rng_state(forward.rng["cpu"])
-        if "cuda" in forward.rng:
-            torch.cuda.set_rng_state(forward.rng["cuda"], device)
+def drawing_again(states: Mapping[str, Tensor], device: torch.device) -> Iterator[None]:
+    """The generators as they were when something was drawn; they are put back afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
         yield
 
 
-def replay(call: CriterionCall, model: nn.Module) -> Tensor:
-    """The criterion's input again, with a fresh graph at the present parameters."""
+@contextlib.contextmanager
+def same_conditions(forward: Forward, device: torch.device) -> Iterator[None]:
+    """Randomness and autocast as they were when the pass was recorded."""
+    kind, enabled, dtype = forward.autocast
+    with (
+        own_pass(), torch.enable_grad(), drawing_again(forward.rng, device),
+        torch.autocast(kind, enabled=enabled, dtype=dtype), sdpa_kernel(SDPBackend.MATH),
+    ):  # fused attention has no second derivative; the math kernel has
+        yield
+
+
+def replay(call: CriterionCall, model: nn.Module, at: Mapping[str, Tensor] | None = None, graph: bool = True) -> Tensor:
+    """The criterion's input again, with a fresh graph (or none), at the present parameters, or with those of `at` in their place."""
     forward = call.forward
     if versions((forward.args, dict(forward.kwargs))) != forward.versions:
         raise ObservationError(
@@ -61,17 +68,21 @@ def replay(call: CriterionCall, model: nn.Module) -> Tensor:
         )
     assert call.bridge is not None, "products are demanded before the forward pass, which then keeps the bridge"
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}  # a second pass must not move BatchNorm's running statistics twice
-    with same_conditions(forward, call.output.device):
-        outputs = list(tensors_in(torch.func.functional_call(model, buffers, forward.args, dict(forward.kwargs))))
+    moved = {} if at is None else {n: at[canonical(n)] for n, _ in model.named_parameters(remove_duplicate=False) if canonical(n) in at}
+    with same_conditions(forward, call.output.device), torch.set_grad_enabled(graph):
+        outputs = list(tensors_in(torch.func.functional_call(model, {**buffers, **moved}, forward.args, dict(forward.kwargs))))
         return call.bridge(outputs[call.model_output])
 
 
 class Linearised:
     """C v for one criterion call from one replay: J^T (S S^T) J v, with J the Jacobian of the criterion's input."""
 
-    def __init__(self, call: CriterionCall, model: nn.Module, params: dict[str, nn.Parameter], curvature: OutputCurvature) -> None:
+    def __init__(
+        self, call: CriterionCall, model: nn.Module, params: Mapping[str, Tensor], curvature: OutputCurvature,
+        at: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.params, self.curvature = params, curvature
-        self.output = replay(call, model)
+        self.output = replay(call, model, at)
         self._cotangent = torch.zeros_like(self.output, requires_grad=True)
         with own_pass(), torch.enable_grad():
             # J^T u as a function of u: differentiating it once more along v gives J v without forward mode
@@ -104,14 +115,14 @@ class Linearised:
 class SecondOrder:
     """H v for the loss of one criterion call, by differentiating its gradient again."""
 
-    def __init__(self, call: CriterionCall, model: nn.Module, params: dict[str, nn.Parameter]) -> None:
+    def __init__(self, call: CriterionCall, model: nn.Module, params: Mapping[str, Tensor], at: Mapping[str, Tensor] | None = None) -> None:
         if call.criterion is None:
             raise ObservationError(
                 "the Hessian differentiates the criterion itself, which `observe(loss, output, target)` does not give: attach a criterion "
                 "module, or use the matrix 'ggn'."
             )
         self.params = params
-        output = replay(call, model)
+        output = replay(call, model, at)
         with own_pass(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             loss = call.likelihood.loss(call.criterion, output, call.target)
             found = torch.autograd.grad(loss, list(params.values()), create_graph=True, allow_unused=True)

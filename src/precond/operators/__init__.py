@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from precond.operators.absolute import Absolute
 from precond.operators.base import Operator
 from precond.operators.block_diagonal import BlockDiagonal
 from precond.operators.dense import Dense
@@ -16,6 +17,7 @@ from precond.operators.low_rank_eigen import LowRankEigen
 from precond.operators.matrix_free import MatrixFree
 from precond.operators.modes import mode_products, outer
 from precond.operators.packing import pack, unpack
+from precond.operators.pairs import Fit, FitName, ModeForm, Pairs
 from precond.operators.row_form import RowForm
 from precond.operators.secant import Probed, Secant, SecantKronecker
 from precond.operators.secant_memory import SecantMemory
@@ -25,9 +27,12 @@ from precond.operators.sparse_precision import SparsePrecision
 from precond.operators.spectral import Spectral
 
 __all__ = [
+    "Absolute",
     "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "Fit",
+    "FitName",
     "Gram",
     "Inverse",
     "InverseBlockDiagonal",
@@ -37,7 +42,9 @@ __all__ = [
     "LowRank",
     "LowRankEigen",
     "MatrixFree",
+    "ModeForm",
     "Operator",
+    "Pairs",
     "Probed",
     "RootShifted",
     "RowForm",

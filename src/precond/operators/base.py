@@ -98,6 +98,20 @@ class Operator(ABC):
         return self._like.device
 
     @property
+    def batch(self) -> torch.Size:
+        """The leading dimensions of a stack, whose block-diagonal it is, () for one matrix."""
+        return torch.Size()
+
+    @property
+    def size(self) -> int:
+        """The number of rows of one matrix of the stack."""
+        return self.n // self.batch.numel()
+
+    def block_diagonals(self) -> Tensor:
+        """The diagonal of each matrix of the stack, (*batch, size)."""
+        return self.diagonal().reshape(*self.batch, self.size)
+
+    @property
     def shape(self) -> torch.Size:
         """(n, n)."""
         return torch.Size((self.n, self.n))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from precond.operators.base import Operator
 
+Layout = Mapping[str, Tensor | int]
+
 
 class BlockDiagonal(Operator):
     """Operators on disjoint sets of coordinates; zero on coordinates that no block has.
@@ -32,6 +34,8 @@ class BlockDiagonal(Operator):
         self.blocks = dict(blocks)
         total = sum(block.n for block in self.blocks.values())
         self._n = total if n is None else n
+        self.consecutive = positions is None and total == self._n
+        """Whether the blocks are one after another and cover the whole."""
         self.positions: Mapping[str, Tensor] = self._consecutive() if positions is None else positions
         self.live = any(block.live for block in self.blocks.values())
         for name, block in self.blocks.items() if isinstance(self.positions, dict) else ():
@@ -56,17 +60,20 @@ class BlockDiagonal(Operator):
         return next(iter(self.blocks.values()))._like
 
     def fields(self) -> dict[str, Any]:
-        return {"blocks": self.blocks, "positions": self.positions, "n": self._n}
+        return {"blocks": self.blocks, "positions": None if self.consecutive else self.positions, "n": self._n}
+
+    @property
+    def layout(self) -> Layout:
+        """Where the coordinates of each block are: how many follow, where the blocks are one after another, else their indices."""
+        return {name: block.n if self.consecutive else self.positions[name] for name, block in self.blocks.items()}
 
     def with_blocks(self, blocks: Mapping[str, Operator]) -> BlockDiagonal:
         """Other operators on the same coordinates."""
-        return BlockDiagonal(blocks, self.positions, self._n)
+        return BlockDiagonal(blocks, None if self.consecutive else self.positions, self._n)
 
     def _matmul(self, V: Tensor) -> Tensor:
-        result = V.new_zeros(V.shape)
-        for name, block in self.blocks.items():
-            result[self.positions[name]] = block._matmul(V[self.positions[name]])
-        return result
+        parts = take(V, self.layout)
+        return put({name: block._matmul(parts[name]) for name, block in self.blocks.items()}, self.layout, V)
 
     def to_dense(self) -> Tensor:
         result = torch.zeros(self.n, self.n, dtype=self.dtype, device=self.device)
@@ -99,3 +106,21 @@ class BlockDiagonal(Operator):
         for (name, block), part in zip(self.blocks.items(), parts, strict=True):
             result[self.positions[name]] = block._colour(part)
         return result
+
+
+def take(V: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """The coordinates of each block, of columns (n, k)."""
+    sizes = [size for size in layout.values() if isinstance(size, int)]
+    if sizes:
+        return dict(zip(layout, V.split(sizes), strict=True))
+    return {name: V[where] for name, where in layout.items()}
+
+
+def put(parts: Mapping[str, Tensor], layout: Layout, like: Tensor) -> Tensor:
+    """The inverse of `take`, with zeros on coordinates that no block has; `like` has the shape of the whole."""
+    if any(isinstance(size, int) for size in layout.values()):
+        return torch.cat([parts[name] for name in layout])
+    result = torch.zeros_like(like)
+    for name, where in layout.items():
+        result[where] = parts[name]
+    return result

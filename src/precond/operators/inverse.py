@@ -68,6 +68,6 @@ class Inverse(Operator):
 class InverseBlockDiagonal(BlockDiagonal):
     """Inverses of the blocks of a `BlockDiagonal`, on the same coordinates; zero on coordinates that no block has."""
 
-    def __init__(self, blocks: Mapping[str, Inverse], positions: Mapping[str, Tensor], n: int) -> None:
+    def __init__(self, blocks: Mapping[str, Inverse | InverseBlockDiagonal], positions: Mapping[str, Tensor], n: int) -> None:
         super().__init__(blocks, positions, n)
         self.damped = BlockDiagonal({name: block.damped for name, block in blocks.items()}, positions, n)

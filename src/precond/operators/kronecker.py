@@ -13,29 +13,30 @@ from precond.operators.base import Operator, number
 from precond.operators.dense import Dense
 from precond.operators.diagonal import Diagonal
 from precond.operators.kronecker_eigen import KroneckerEigen
-from precond.operators.modes import mode_products, outer
+from precond.operators.modes import mode_product, mode_products, outer
 
 
 class Kronecker(Operator):
     """scale * F_1^e (x) ... (x) F_k^e, never formed.
 
     Args:
-        factors: each a matrix (n_m, n_m), a stack of them (b, n_m, n_m), a vector (n_m,) standing for a diagonal, a `Dense` or a `Diagonal`
-            (the only way to give a stack of diagonals). All have the same b or none has one; a stack is the block-diagonal of b
-            Kronecker products.
+        factors: each a matrix (n_m, n_m), a stack of them (b, n_m, n_m), a vector (n_m,) standing for a diagonal, or any operator, such as
+            a `LowRank` (a `Diagonal` is the only way to give a stack of diagonals). All have the same b or none has one; a stack is the
+            block-diagonal of b Kronecker products.
         exponent: e, which is what lets a history average the factors of a geometric mean; a fractional one takes the factors as
             semi-definite.
-        scale: a number or a 0-dim tensor.
+        scale: a number, a 0-dim tensor, or (b,), one a product.
 
     Row-major vec: `Kronecker(B, A) @ W.flatten()` is `(B @ W @ A.T).flatten()`. Vectors are (b, n_1, ..., n_k), flattened; a product costs
-    b prod(n) sum(n_m), and an exponent one eigendecomposition a factor, once.
+    b prod(n) sum(n_m), or what the factors' own products do, and an exponent one eigendecomposition a factor, once. What needs the
+    eigenvectors or a power of a factor that is neither dense nor diagonal forms it.
 
     >>> B, A, W = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([3.0, 5.0]), torch.ones(2, 2)
     >>> Kronecker(B, A) @ W.flatten()
     tensor([ 6., 10.,  3.,  5.])
     """
 
-    def __init__(self, *factors: Tensor | Dense | Diagonal, exponent: float = 1.0, scale: float | Tensor = 1.0) -> None:
+    def __init__(self, *factors: Tensor | Operator, exponent: float = 1.0, scale: float | Tensor = 1.0) -> None:
         if not factors:
             raise ValueError("Kronecker needs at least one factor.")
         self.factors = tuple(as_factor(F) for F in factors)
@@ -71,56 +72,74 @@ class Kronecker(Operator):
 
     @cached_property
     def _raised(self) -> Kronecker:
-        return Kronecker(*(F.power(self.exponent) for F in self.factors), scale=self.scale)
+        return Kronecker(*(matrices(F).power(self.exponent) for F in self.factors), scale=self.scale)
 
     def materialise(self) -> Kronecker:
         """The same operator with exponent 1: the factors are raised to it, the scale stays."""
         return self if self.exponent == 1 else self._raised
 
+    def _scaled(self, X: Tensor) -> Tensor:
+        """Times the scale: X (b * m, ...)."""
+        if isinstance(self.scale, Tensor) and self.scale.dim():
+            return (X.reshape(len(self.scale), -1) * self.scale.to(X.dtype).unsqueeze(1)).reshape(X.shape)
+        return X if isinstance(self.scale, float) and self.scale == 1 else self.scale * X
+
     def _matmul(self, V: Tensor) -> Tensor:
-        tensors = [_stack(F) for F in self.materialise().factors]
-        X = mode_products(tensors, V.reshape(self.batch.numel(), *self.sizes, -1))
-        product = X.reshape(self.n, -1)
-        return product if isinstance(self.scale, float) and self.scale == 1 else self.scale * product
+        X, waiting = V.reshape(self.batch.numel(), *self.sizes, -1), list[Tensor | None]()
+        for mode, F in enumerate(self.materialise().factors):
+            plain = isinstance(F, (Dense, Diagonal))
+            waiting.append(_stack(F) if plain else None)
+            X = X if plain else mode_product(F._matmul, X, mode + 1)
+        return self._scaled(mode_products(waiting, X).reshape(self.n, -1))
 
     def to_dense(self) -> Tensor:
         # torch.kron refuses some strides, such as those that LAPACK leaves
-        stacks = [_matrices(F).reshape(-1, F.size, F.size).contiguous() for F in self.materialise().factors]
-        product: Tensor = torch.block_diag(*(reduce(torch.kron, group) for group in zip(*stacks, strict=True)))
-        return self.scale * product
+        stacks = [torch.diag_embed(F.values) if isinstance(F, Diagonal) else F.matrix for F in map(matrices, self.materialise().factors)]
+        groups = zip(*(F.reshape(-1, *F.shape[-2:]).contiguous() for F in stacks), strict=True)
+        product: Tensor = torch.block_diag(*(reduce(torch.kron, group) for group in groups))
+        return self._scaled(product)
 
     def diagonal(self) -> Tensor:
-        return self.scale * outer([F.block_diagonals().reshape(-1, F.size) for F in self.materialise().factors]).reshape(-1)
+        return self._scaled(outer([F.block_diagonals().reshape(-1, F.size) for F in self.materialise().factors]).reshape(-1))
 
     def trace(self) -> Tensor:
         traces = [F.block_diagonals().sum(-1) for F in self.materialise().factors]
-        total: Tensor = self.scale * torch.stack(traces).prod(0).sum()
+        total: Tensor = (self.scale * torch.stack(traces).prod(0)).sum()
         return total
 
     def spectral(self) -> KroneckerEigen:
         """The spectrum scale * prod d_m^e in the joint eigenbasis; one eigendecomposition a factor that is not diagonal."""
-        parts = [F.spectral() for F in self.factors]
+        parts = [matrices(F).spectral() for F in self.factors]
         values = [p.spectrum if self.exponent == 1 else p.spectrum.clamp(min=0).pow(self.exponent) for p in parts]
-        return KroneckerEigen([p.bases[0] for p in parts], self.scale * outer(values))
+        return KroneckerEigen([p.bases[0] for p in parts], self._scaled(outer(values)))
 
     def _colour(self, Z: Tensor) -> Tensor:
         # (F_1 (x) F_2)^(1/2) = F_1^(1/2) (x) F_2^(1/2)
         return Kronecker(*self.factors, exponent=self.exponent / 2, scale=number(self.scale, self).sqrt())._matmul(Z)
 
 
-def as_factor(F: Tensor | Dense | Diagonal) -> Dense | Diagonal:
-    """A matrix or a diagonal, from what `Kronecker` takes as a factor."""
-    if isinstance(F, (Dense, Diagonal)):
+def as_factor(F: Tensor | Operator) -> Operator:
+    """An operator, from what `Kronecker` takes as a factor."""
+    if isinstance(F, Operator):
         return F
     if isinstance(F, Tensor):
         return Diagonal(F) if F.dim() == 1 else Dense(F)
-    raise TypeError(f"a factor of a Kronecker product is a tensor, a Dense or a Diagonal operator, not a {type(F).__name__}.")
+    raise TypeError(f"a factor of a Kronecker product is a tensor or an operator, not a {type(F).__name__}.")
 
 
-def _stack(F: Dense | Diagonal) -> Tensor:
-    """The factor as `mode_products` takes it: (b, n, n) or (b, n)."""
-    return F.values.reshape(-1, F.size) if isinstance(F, Diagonal) else F.matrix.reshape(-1, F.size, F.size)
+def matrices(F: Operator) -> Dense | Diagonal:
+    """A factor whose entries can be computed with: itself where it is dense or diagonal, else its matrix, formed."""
+    if isinstance(F, (Dense, Diagonal)):
+        return F
+    if not F.batch:
+        return Dense(F.to_dense())
+    eye = torch.eye(F.size, dtype=F.dtype, device=F.device)
+    return Dense(F._matmul(eye.repeat(F.batch.numel(), 1)).reshape(*F.batch, F.size, F.size))
 
 
-def _matrices(F: Dense | Diagonal) -> Tensor:
-    return torch.diag_embed(F.values) if isinstance(F, Diagonal) else F.matrix
+def _stack(F: Operator) -> Tensor:
+    """A dense or diagonal factor as `mode_products` takes it: (b, n, n) or (b, n)."""
+    if isinstance(F, Diagonal):
+        return F.values.reshape(-1, F.size)
+    assert isinstance(F, Dense)
+    return F.matrix.reshape(-1, F.size, F.size)

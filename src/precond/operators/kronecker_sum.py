@@ -13,7 +13,7 @@ from precond.errors import InvalidCombination
 from precond.operators.base import Operator, number
 from precond.operators.dense import Dense
 from precond.operators.diagonal import Diagonal
-from precond.operators.kronecker import Kronecker, as_factor
+from precond.operators.kronecker import Kronecker, as_factor, matrices
 from precond.operators.kronecker_eigen import KroneckerEigen
 
 
@@ -36,7 +36,7 @@ class KroneckerSum(Operator):
 
     def __init__(self, *terms: Kronecker | Tensor | Dense | Diagonal, exponent: float = 1.0, scale: float | Tensor = 1.0) -> None:
         products = [t for t in terms if isinstance(t, Kronecker)]
-        factors = [as_factor(t) for t in terms if not isinstance(t, Kronecker)]
+        factors = [matrices(as_factor(t)) for t in terms if not isinstance(t, Kronecker)]
         if not terms or (products and factors):
             raise ValueError("KroneckerSum takes Kronecker operators, whose sum it is, or factors, one an axis: at least one, of one kind.")
         if exponent == 0 or (products and exponent != 1):

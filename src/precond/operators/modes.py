@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ def mode_products(factors: Sequence[Tensor | None], X: Tensor, *, transpose: boo
         else:
             X = torch.einsum(equation, F, Y)
     return X.reshape(shape)
+
+
+def mode_product(product: Callable[[Tensor], Tensor], X: Tensor, mode: int) -> Tensor:
+    """X x_m F for an F that is a function of columns (b n_m, k): every dimension of X (b, n_1, ..., n_k, c) but b and n_m is a column."""
+    moved = X.movedim(mode, 1)
+    return product(moved.reshape(moved.shape[:2].numel(), -1)).reshape(moved.shape).movedim(1, mode)
 
 
 def outer(vectors: Sequence[Tensor]) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from precond.operators.base import Operator
 from precond.operators.dense import Dense
-from precond.operators.diagonal import Diagonal
 from precond.operators.kronecker import Kronecker
 from precond.secant import PairRule
 
@@ -77,7 +77,7 @@ class SecantKronecker(Kronecker):
     torch.Size([6, 6])
     """
 
-    def __init__(self, *factors: Tensor | Dense | Diagonal, exponent: float = 1.0, scale: float | Tensor = 1.0) -> None:
+    def __init__(self, *factors: Tensor | Operator, exponent: float = 1.0, scale: float | Tensor = 1.0) -> None:
         super().__init__(*factors, exponent=exponent, scale=scale)
         if not any(isinstance(F, Secant) for F in self.factors):
             raise ValueError("SecantKronecker needs a factor that is a Secant; without a pair it is a Kronecker.")

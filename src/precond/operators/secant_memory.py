@@ -35,7 +35,9 @@ class SecantMemory(Operator):
 
     def __init__(self, s: Tensor, y: Tensor, initial: Tensor) -> None:
         if s.dim() != 2 or s.shape != y.shape or initial.dim() != 0:
-            raise ValueError(f"SecantMemory takes s and y (m, n) and a 0-dim initial, not {tuple(s.shape)}, {tuple(y.shape)} and {tuple(initial.shape)}.")
+            raise ValueError(
+                f"SecantMemory takes s and y (m, n) and a 0-dim initial, not {tuple(s.shape)}, {tuple(y.shape)} and {tuple(initial.shape)}."
+            )
         self.s, self.y, self.initial = s, y, initial
 
     @property
@@ -66,11 +68,13 @@ class SecantMemory(Operator):
             lambda SS, SY, YY: (shift * self.initial * SS, total * SY.tril(-1) - self.initial * SY, -total * SY.diagonal().diag() - YY), 1 / total,
         )  # fmt: skip
         if not bool(torch.stack([t.isfinite().all() for t in made.tensors()]).all()):
-            raise SolverFailure(f"a SecantMemory of shape {tuple(self.shape)} has no finite inverse with the shift {float(shift):g}: increase the damping.")
+            raise SolverFailure(
+                f"a SecantMemory of shape {tuple(self.shape)} has no finite inverse with the shift {float(shift):g}: increase the damping."
+            )
         return made
 
     def _compact(self, shift: Tensor, blocks: Any, factor: float | Tensor) -> Shifted:
-        """shift I + factor [sigma S; Y]^T [[a, b], [b^T, c]]^-1 [sigma S; Y], with a, b and c of S S^T, S Y^T and Y Y^T."""
+        """The matrix shift I + factor [sigma S; Y]^T [[a, b], [b^T, c]]^-1 [sigma S; Y], with a, b and c of S S^T, S Y^T and Y Y^T."""
         S, Y = self.s, self.y
         a, b, c = blocks(S @ S.T, S @ Y.T, Y @ Y.T)
         empty = (S == 0).all(1).to(S.dtype).diag()  # a one in place of a pair that is not there, whose rows are zero
@@ -92,3 +96,6 @@ class SecantMemory(Operator):
 
     def spectral(self) -> Spectral:
         return self.direct.spectral()
+
+    def _colour(self, Z: Tensor) -> Tensor:
+        return self.spectral().map(lambda b: b.clamp(min=0).sqrt())._matmul(Z)

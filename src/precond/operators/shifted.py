@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precond.errors import InvalidCombination
 from precond.operators.base import Operator, number
 from precond.operators.spectral import Spectral
 
@@ -17,7 +18,7 @@ class Shifted(Operator):
 
     Args:
         operator: C.
-        shift: a number or a 0-dim tensor.
+        shift: a number or a 0-dim tensor; or one a matrix of a stack, (*batch).
 
     >>> from precond.operators import Kronecker
     >>> Shifted(Kronecker(torch.ones(2), torch.ones(2)), 0.5).diagonal()
@@ -39,19 +40,25 @@ class Shifted(Operator):
     def fields(self) -> dict[str, Any]:
         return {"operator": self.operator, "shift": self.shift}
 
+    @property
+    def batch(self) -> torch.Size:
+        return self.operator.batch
+
     def _matmul(self, V: Tensor) -> Tensor:
-        return self.operator._matmul(V) + self.shift * V
+        return self.operator._matmul(V) + spread(self.shift, self.size) * V
 
     def to_dense(self) -> Tensor:
-        return self.operator.to_dense() + self.shift * torch.eye(self.n, dtype=self.dtype, device=self.device)
+        return self.operator.to_dense() + spread(self.shift, self.size) * torch.eye(self.n, dtype=self.dtype, device=self.device)
 
     def diagonal(self) -> Tensor:
-        return self.operator.diagonal() + self.shift
+        return (self.operator.diagonal().unsqueeze(1) + spread(self.shift, self.size)).squeeze(1)
 
     def trace(self) -> Tensor:
-        return self.operator.trace() + self.shift * self.n
+        return self.operator.trace() + number(self.shift, self).mean() * self.n
 
     def spectral(self) -> Spectral:
+        if isinstance(self.shift, Tensor) and self.shift.dim():
+            raise InvalidCombination("a stack with a shift for each of its matrices has no spectrum of one shift: use Dense(operator.to_dense()).")
         return self.operator.spectral().map(lambda s: s + self.shift)
 
     @property
@@ -60,8 +67,13 @@ class Shifted(Operator):
 
     def _colour(self, Z: Tensor) -> Tensor:
         # a sample of C and an independent one of shift I
-        inner = self.operator.noise
-        return self.operator._colour(Z[:inner]) + number(self.shift, self).sqrt() * Z[inner:]
+        inner, root = self.operator.noise, number(spread(self.shift, self.size), self).sqrt()
+        return self.operator._colour(Z[:inner]) + root * Z[inner:]
+
+
+def spread(shift: float | Tensor, size: int) -> float | Tensor:
+    """A shift as it multiplies columns: a number as it is; one a matrix of a stack, each of `size` rows, as (n, 1)."""
+    return shift.reshape(-1).repeat_interleave(size).unsqueeze(1) if isinstance(shift, Tensor) and shift.dim() else shift
 
 
 class RootShifted(Operator):

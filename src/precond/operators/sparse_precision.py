@@ -12,6 +12,8 @@ from torch import Tensor
 from precond.operators.base import Operator
 
 NONE = -1
+NOISE = 100.0
+"""A sum that cancels exactly may leave this multiple of the rounding unit of what it is compared with."""
 
 
 class SparsePrecision(Operator):
@@ -63,14 +65,26 @@ class SparsePrecision(Operator):
 
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(B (n, k), zero for absent parents, D (n,)); NaN where a block of parents is not positive definite."""
-        there = self.parents != NONE
+        """(B (n, k), zero for absent parents, D (n,)).
+
+        Where a block of parents is singular, B_i,pa = F_i,pa F_pa,pa^+; a parent that is within rounding of constant counts as absent.
+        """
+        variances = self.blocks.diagonal(dim1=-2, dim2=-1)
+        there = (self.parents != NONE) & (variances[:, 1:] > self._floor)
         cross = self.blocks[:, 0, 1:] * there
         inside = self.blocks[:, 1:, 1:] * (there.unsqueeze(1) & there.unsqueeze(2)) + torch.diag_embed((~there).to(self.dtype))
         L, info = torch.linalg.cholesky_ex(inside)
         B = torch.cholesky_solve(cross.unsqueeze(2), L).squeeze(2)
-        B = torch.where(info.unsqueeze(1) == 0, B, torch.full_like(B, torch.nan))
+        singular = (info != 0) & inside.isfinite().all(-1).all(-1)
+        if bool(singular.any()):
+            B[singular] = (torch.linalg.pinv(inside[singular], hermitian=True) @ cross[singular].unsqueeze(2)).squeeze(2)
         return B, self.blocks[:, 0, 0] - (B * cross).sum(1)
+
+    @property
+    def _floor(self) -> Tensor:
+        """What a variance is that rounding makes of zero: the square of its noise, against the largest."""
+        own = self.blocks[:, 0, 0]
+        return (NOISE * torch.finfo(self.dtype).eps) ** 2 * own.abs().amax()
 
     def inverse_matmul(self, V: Tensor) -> Tensor:
         """C^-1 V for columns V (n, k): two sparse products."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from precond.blocks import Block, Scope
 from precond.errors import ObservationError
 from precond.observe import Columns, Factors, Gradient, Kind, Observation, Product
-from precond.operators import Operator
+from precond.operators import Fit, FitName, Operator
 from precond.registry import Registry
 from precond.representations.inputs import moment_matrix
 from precond.statistics import Stat
@@ -38,6 +38,12 @@ class Representation(ABC):
     stages: ClassVar[tuple[str, ...]] = ("all",)
     after: ClassVar[tuple[str, ...]] = ()
     """Stages that are measured after the optimizer's update."""
+    followed: ClassVar[tuple[Kind, ...]] = ()
+    """Kinds of observation it has a form for, beside those it is built from, where a solver follows them."""
+    fit: ClassVar[FitName | None] = None
+    """What a solver that follows pairs is to fit."""
+    averaged: ClassVar[bool] = True
+    """Whether a history may average what it keeps: pairs make a matrix from the one before, and are averaged there."""
     centres: ClassVar[bool] = False
     """Whether the outer product of a mean can be taken off its form."""
 
@@ -59,8 +65,20 @@ class Representation(ABC):
         """What it becomes where it is built from one kind of observation; itself for most."""
         return self
 
+    def fits(self, block: Block) -> tuple[Fit, ...]:
+        """What a solver that follows pairs is to fit, one after another along the block's coordinates."""
+        raise NotImplementedError(f"{self.name} has no structure to fit to pairs.")
+
     def hosts(self, block: Block) -> str | None:
         """Why it has no meaning for a block, or None."""
+        return None
+
+    def coordinates(self, block: Block) -> Block:
+        """The block in the coordinates in which it is held."""
+        return block
+
+    def remark(self, shape: tuple[int, ...]) -> str | None:
+        """How a tensor is held, for `describe()`, where that is not plain from its shape."""
         return None
 
     def fallback(self, block: Block) -> str:

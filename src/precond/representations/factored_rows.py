@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from precond.blocks import Block, Layer, Parameter
-from precond.layers import Ragged
+from precond.layers import OneHot, Ragged
 from precond.observe import LayerColumns, Part
 from precond.operators.gram import Layer as Factors
 
@@ -44,6 +44,7 @@ class Slot:
         if self.kind == "one_hot":
             _, view, seen = uses[0]
             hot, g = view.rule.inputs(seen), view.rule.outputs(seen)
+            assert isinstance(hot, OneHot)
             index = hot.index.to(torch.float64)  # exact, and of the kind that statistics are
             return index[:, None, :, None], g[:, 0].movedim(0, 1)
         pairs = [self._outer(view, seen) for _, view, seen in uses]
@@ -63,6 +64,7 @@ class Slot:
     def _outer(self, view: Layer, seen: LayerColumns) -> Pair:
         inputs, g = view.rule.inputs(seen), view.rule.outputs(seen)
         a = inputs.a if isinstance(inputs, Ragged) else inputs
+        assert isinstance(a, Tensor)
         first, second = a[self.group].unsqueeze(1), g[:, self.group].movedim(0, 1)
         return (second, first) if view.rule.input_first else (first, second)
 

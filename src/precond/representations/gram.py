@@ -14,7 +14,7 @@ from precond.observe import Columns, Observation, Part
 from precond.operators import Gram, Operator
 from precond.operators.gram import Layer as Factors
 from precond.representations.base import Representation, Statistics, refuse_kind, zeros
-from precond.representations.factored_rows import Pair, Slot, joined, outermost, slots
+from precond.representations.factored_rows import Pair, joined, outermost, slots
 from precond.statistics import Stat
 
 
@@ -37,7 +37,7 @@ class GramForm(Representation):
         return {"roots": Stat("rows")}
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
-        spec = {}
+        spec: dict[str, Stat] = {}
         for i in range(self.pieces(block)):
             spec |= {f"a{i}": Stat("rows", degree=0.0), f"g{i}": Stat("rows")}  # scales and weights are in g
         return spec

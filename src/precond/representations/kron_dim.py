@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from precond.blocks import Block
-from precond.observe import Columns, Gradient, Observation
-from precond.operators import Kronecker, Operator
+from precond.observe import Columns, Gradient, Kind, Observation
+from precond.operators import BlockDiagonal, Diagonal, Fit, Kronecker, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, mean_gradient, refuse_kind, weighted_gradients, zeros
+from precond.representations.dimensions import Dimensions, FactorForm, Merge, Modes, Oversized, contraction, key, tiled
+from precond.representations.fitted import PROBES, over_probes
 from precond.statistics import Stat
 
 
@@ -21,56 +23,112 @@ from precond.statistics import Stat
 class KronDim(Representation):
     """One factor a dimension of each parameter tensor, F_m = (1/N) sum_ik G_(m) G_(m)^T of the mode-m unfoldings.
 
-    normalisation="geometric" (Shampoo): C ~ F_1^(1/k) (x) ... (x) F_k^(1/k), so that the power -1/2 gives the
-    published exponent -1/(2k). "trace" (TNT): C ~ F_1 (x) ... (x) F_k / t^(k-1) with t the common trace, exact where C
-    is a Kronecker product. A vector has one dense factor. Every parameter tensor is a block of its own.
+    A vector has one dense factor. Every parameter tensor is a block of its own. What is not the plain shape of a tensor, `describe()` shows.
 
-    Memory sum n_m^2; cost k * prod n * max n a gradient. Sources: Gupta, Koren & Singer 2018; Ren & Goldfarb 2021.
+    Args:
+        normalisation: with k factors that are not the identity. "geometric" (Shampoo): C ~ F_1^(1/k) (x) ... (x) F_k^(1/k), so that the
+            power -1/2 gives the published exponent -1/(2k). "trace" (TNT): C ~ F_1 (x) ... (x) F_k / t^(k-1) with t the common trace,
+            exact where C is a Kronecker product; divided by the size of the dimensions that have the identity, so that the trace is t.
+        squeeze, merge_dims, max_dim, oversized, modes: see `Dimensions`. One mode alone is one-sided Shampoo (ASGO): F (x) I, whose power
+            -1/2 is the published exponent. A tensor none of whose dimensions has a factor takes the fallback.
 
-    >>> KronDim(normalisation="trace").normalisation
-    'trace'
+    Memory sum n_m^2 a tile; cost k * prod n * max n a gradient. Sources: Gupta, Koren & Singer 2018; Ren & Goldfarb 2021; Shi et al.
+    2023, arXiv 2309.06497 (tiles); An et al. 2025, arXiv 2503.20762 and Xie et al. 2025, arXiv 2503.10537 (one side).
+
+    >>> KronDim(merge_dims="rest", max_dim=512).remark((64, 3, 3, 3)), KronDim(max_dim=512).remark((784, 512))
+    ('(64, 3, 3, 3) as 64 x 27', '784 x 512 in 2 tiles of 392 x 512')
     """
 
     scope = "tensor"
     requests = ("gradient", "columns")
     structure = Kronecker
+    followed = PROBES
+    fit = "kronecker"
 
     normalisation: Literal["geometric", "trace"] = "geometric"
+    squeeze: bool = False
+    merge_dims: Merge = "none"
+    max_dim: int | None = None
+    oversized: Oversized = "tile"
+    modes: Modes = "all"
 
     def __post_init__(self) -> None:
         if self.normalisation not in ("geometric", "trace"):
             raise ValueError(f"KronDim(normalisation={self.normalisation!r}): choose 'geometric' or 'trace'.")
+        if isinstance(self.modes, list):  # as a recipe has it
+            object.__setattr__(self, "modes", tuple(self.modes))
+        self._dimensions.check("KronDim")
+
+    @property
+    def _dimensions(self) -> Dimensions:
+        return Dimensions(
+            squeeze=self.squeeze, merge_dims=self.merge_dims, max_dim=self.max_dim, oversized=self.oversized, modes=self.modes
+        )
+
+    def hosts(self, block: Block) -> str | None:
+        if all(form == "identity" for form in self._dimensions.forms(block.shape)):
+            return f"none of its dimensions {tuple(block.shape)} has a factor under these modes and this max_dim"
+        return None
+
+    def coordinates(self, block: Block) -> Block:
+        return replace(block, tiling=self._dimensions.tiling(block.shape))
+
+    def remark(self, shape: tuple[int, ...]) -> str | None:
+        return self._dimensions.remark(shape)
+
+    def _factors(self, block: Block) -> Iterator[tuple[str, int, int, FactorForm, tuple[int, ...]]]:
+        """Name, mode, group, form and shape of every factor that is kept."""
+        for g, (b, *sizes) in enumerate(tiled(block).groups):
+            for m, form in enumerate(self._dimensions.forms(block.shape)):
+                ends = (sizes[m],) if form == "diagonal" else (sizes[m], sizes[m])
+                if form != "identity":
+                    yield key("F", m, g), m, g, form, ((b, *ends) if b > 1 else ends)
+
+    def over(self, kind: Kind) -> Representation:
+        return over_probes(self, kind)
+
+    def fits(self, block: Block) -> tuple[Fit, ...]:
+        forms = self._dimensions.forms(block.shape)
+        return tuple(Fit(tuple(sizes), forms, batch=b) for b, *sizes in tiled(block).groups)
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
-        return {f"F{m}": Stat("mean", form="matrix") for m in range(len(block.shape))}
+        return {name: Stat("mean", form="diagonal" if form == "diagonal" else "matrix") for name, _, _, form, _ in self._factors(block)}
 
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
         if isinstance(observation, Gradient):
-            return _contractions(mean_gradient(observation, block).unsqueeze(0), block.shape)
+            return self._contractions(mean_gradient(observation, block).unsqueeze(0), block)
         if not isinstance(observation, Columns):
             raise refuse_kind(self, observation)
-        total = {f"F{m}": zeros(block, n, n) for m, n in enumerate(block.shape)}
-        for gradients in weighted_gradients(observation, block):
-            for name, contraction in _contractions(gradients, block.shape).items():
-                total[name] = total[name] + contraction
+        total = {name: zeros(block, *shape) for name, *_, shape in self._factors(block)}
+        for rows in weighted_gradients(observation, block):
+            for name, found in self._contractions(rows, block).items():
+                total[name] = total[name] + found
         return total
 
+    def _contractions(self, rows: Tensor, block: Block) -> Statistics:
+        tiles = tiled(block).split(rows)
+        return {name: contraction(tiles[g], m, form).reshape(shape) for name, m, g, form, shape in self._factors(block)}
+
     def operator(self, statistics: Statistics, block: Block) -> Operator:
-        factors = [statistics[f"F{m}"] for m in range(len(block.shape))]
+        groups = tiled(block).groups
+        products = [self._product(statistics, g, group, block) for g, group in enumerate(groups)]
+        return products[0] if len(products) == 1 else BlockDiagonal({str(g): product for g, product in enumerate(products)})
+
+    def _product(self, statistics: Statistics, g: int, group: tuple[int, ...], block: Block) -> Kronecker:
+        b, *sizes = group
+        forms = self._dimensions.forms(block.shape)
+        kept = {m: statistics[key("F", m, g)] for m, form in enumerate(forms) if form != "identity"}
+        like, lead = next(iter(kept.values())), (b,) if b > 1 else ()
+        factors = [
+            kept[m] if forms[m] == "dense" else Diagonal(kept[m] if m in kept else like.new_ones(()).expand(*lead, n))
+            for m, n in enumerate(sizes)
+        ]
         if self.normalisation == "geometric":
-            return Kronecker(*factors, exponent=1.0 / len(factors))
-        trace = factors[0].diagonal().sum()
-        return Kronecker(*factors, scale=torch.where(trace > 0, trace, torch.ones_like(trace)) ** (1 - len(factors)))
+            return Kronecker(*factors, exponent=1.0 / len(kept))
+        others = torch.Size([n for m, n in enumerate(sizes) if m not in kept]).numel()
+        first = next(iter(kept))
+        trace = (kept[first].diagonal(dim1=-2, dim2=-1) if forms[first] == "dense" else kept[first]).sum(-1)
+        return Kronecker(*factors, scale=torch.where(trace > 0, trace, torch.ones_like(trace)) ** (1 - len(kept)) / others)
 
     def bytes_held(self, block: Block, itemsize: int) -> int:
-        return sum(n**2 for n in block.shape) * itemsize
-
-
-def _contractions(gradients: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """F_m of gradients (rows, n): sum over rows of the mode-m unfolding times its transpose."""
-    tensors = gradients.reshape(-1, *shape)
-    found = {}
-    for m, n in enumerate(shape):
-        unfolded = tensors.movedim(m + 1, 0).reshape(n, -1)
-        found[f"F{m}"] = unfolded @ unfolded.T
-    return found
+        return sum(torch.Size(shape).numel() for *_, shape in self._factors(self.coordinates(block))) * itemsize

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from precond.blocks import Block, Scope
 from precond.errors import UsageError
 from precond.observe import Columns, Gradient, Kind, Observation
-from precond.operators import Dense, Kronecker, KroneckerEigen, Operator
+from precond.operators import BlockDiagonal, Dense, Kronecker, KroneckerEigen, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, mean_gradient, refuse_kind, weighted_gradients, zeros
 from precond.representations.centring import deviation, first_moment
-from precond.representations.eigenbasis import RENEW, Bases, carry, contraction, first_basis, rotated, second_moments
+from precond.representations.dimensions import Dimensions, Merge, Modes, Oversized, contraction, key, tiled
+from precond.representations.eigenbasis import RENEW, Group, carry, first_basis, second_moments, turned
 from precond.representations.kron_io import KronIO
 from precond.statistics import Stat
 
@@ -41,8 +44,8 @@ class KronEigen(Representation):
         update: "before": the basis is made of factors that hold this observation, then S is measured in it; "after": S is measured
             in the basis of the observations before, so that the first one only makes a basis.
         sharing: of the factors of "io", see `KronIO`.
-        max_dim: of "dim": a longer dimension keeps the identity and has no factor; 0: every one, which leaves the diagonal.
-        vectors: of "dim": whether tensors of one dimension have a basis.
+        squeeze, merge_dims, max_dim, oversized, modes, vectors: of "dim", see `Dimensions`. A longer dimension than `max_dim` keeps the identity,
+            0: every one, which leaves the diagonal; or oversized="tile".
 
     Memory 2 sum n_m^2 + prod n_m. Cost: the factors'; 10 n_m^3 a renewal ("qr" about 4 n_m^3); S takes two products a gradient by
     example, or, where positions are not shared, N K prod n_m without forming one. Columns of a step are held until its end.
@@ -64,7 +67,11 @@ class KronEigen(Representation):
     basis_interval: int = 1
     update: Update = "before"
     sharing: Literal["expand", "reduce"] = "expand"
+    squeeze: bool = False
+    merge_dims: Merge = "none"
     max_dim: int | None = None
+    oversized: Oversized = "identity"
+    modes: Modes = "all"
     vectors: bool = True
 
     def __post_init__(self) -> None:
@@ -73,10 +80,13 @@ class KronEigen(Representation):
                 raise ValueError(f"KronEigen({name}={value!r}): choose {' or '.join(map(repr, get_args(known)))}.")
         if isinstance(self.basis_interval, bool) or not isinstance(self.basis_interval, int) or self.basis_interval < 1:
             raise ValueError(f"KronEigen(basis_interval={self.basis_interval!r}): it is a number of observations, 1 or more.")
-        if self.max_dim is not None and self.max_dim < 0:
-            raise ValueError(f"KronEigen(max_dim={self.max_dim!r}): it is a length, 0 or more, or None for no limit.")
-        if self.basis_of == "io" and (self.max_dim is not None or not self.vectors):
-            raise ValueError("KronEigen: max_dim and vectors belong to basis_of='dim'.")
+        if isinstance(self.modes, list):  # as a recipe has it
+            object.__setattr__(self, "modes", tuple(self.modes))
+        self._dimensions.check("KronEigen")
+        if self.oversized == "diagonal":
+            raise ValueError("KronEigen(oversized='diagonal'): the basis of a diagonal factor is the identity: choose 'identity' or 'tile'.")
+        if self.basis_of == "io" and self._dimensions != Dimensions(oversized="identity"):
+            raise ValueError("KronEigen: squeeze, merge_dims, max_dim, oversized, modes and vectors belong to basis_of='dim'.")
         if self.basis_of == "dim" and self.sharing != "expand":
             raise ValueError("KronEigen: sharing belongs to basis_of='io'.")
         KronIO(sharing=self.sharing)  # refuses a sharing that it does not have
@@ -90,37 +100,47 @@ class KronEigen(Representation):
         return ("columns",) if self.basis_of == "io" else ("gradient", "columns")
 
     @property
+    def _dimensions(self) -> Dimensions:
+        return Dimensions(
+            squeeze=self.squeeze, merge_dims=self.merge_dims, max_dim=self.max_dim, oversized=self.oversized, modes=self.modes, vectors=self.vectors
+        )
+
+    @property
     def _io(self) -> KronIO:
         return KronIO(sharing=self.sharing)
 
     def hosts(self, block: Block) -> str | None:
         return self._io.hosts(block) if self.basis_of == "io" else None
 
+    def coordinates(self, block: Block) -> Block:
+        return block if self.basis_of == "io" else replace(block, tiling=self._dimensions.tiling(block.shape))
+
+    def remark(self, shape: tuple[int, ...]) -> str | None:
+        return None if self.basis_of == "io" else self._dimensions.remark(shape)
+
     def fallback(self, block: Block) -> str:
         return self._io.fallback(block)
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         if self.basis_of == "io":
-            factors, modes = dict(self._io.statistics(block)), [0, 1]
+            factors, bases = dict(self._io.statistics(block)), ["U0", "U1"]
         else:
-            modes = self._modes(block)
-            factors = {f"F{m}": Stat("mean", form="matrix") for m in modes}
-        bases = {f"U{m}": Stat("state") for m in modes}
-        return factors | bases | {"observations": Stat("state"), "S": Stat("mean", form="diagonal")}
+            factors = {key("F", m, g): Stat("mean", form="matrix") for m, g in self._modes(block)}
+            bases = [key("U", m, g) for m, g in self._modes(block)]
+        return factors | dict.fromkeys(bases, Stat("state")) | {"observations": Stat("state"), "S": Stat("mean", form="diagonal")}
 
-    def _modes(self, block: Block) -> list[int]:
-        """The dimensions that have a factor, for "dim"."""
-        if len(block.shape) == 1 and not self.vectors:
-            return []
-        return [m for m, n in enumerate(block.shape) if self.max_dim is None or n <= self.max_dim]
+    def _modes(self, block: Block) -> list[tuple[int, int]]:
+        """The dimensions that have a factor, for "dim", of every group of tiles."""
+        forms = self._dimensions.forms(block.shape)
+        return [(m, g) for g in range(len(tiled(block).groups)) for m, form in enumerate(forms) if form == "dense"]
 
-    def _factors(self, averages: Statistics, block: Block) -> dict[int, Tensor]:
-        """Mode -> (b, n, n), of the modes that are not diagonal already."""
+    def _factors(self, averages: Statistics, block: Block) -> dict[tuple[int, int], Tensor]:
+        """(mode, group) -> (b, n, n), of the modes that are not diagonal already."""
         if self.basis_of == "dim":
-            return {m: averages[f"F{m}"].unsqueeze(0) for m in self._modes(block)}
+            return {(m, g): averages[key("F", m, g)] for m, g in self._modes(block)}
         product = self._io.operator(averages, block)
         assert isinstance(product, Kronecker)
-        return {m: F.matrix.reshape(-1, F.size, F.size) for m, F in enumerate(product.factors) if isinstance(F, Dense)}
+        return {(m, 0): F.matrix.reshape(-1, F.size, F.size) for m, F in enumerate(product.factors) if isinstance(F, Dense)}
 
     def prepare(self, stage: str, statistics: Statistics, averages: Callable[[], Statistics], block: Block) -> Statistics:
         seen = int(statistics.get("observations", 0))
@@ -132,24 +152,32 @@ class KronEigen(Representation):
 
     def _renewed(self, statistics: Statistics, averages: Statistics, block: Block) -> Statistics:
         """A basis made of the averaged factors, and S in it."""
-        renewed, changes = dict(statistics), dict[int, Tensor]()
-        for m, F in self._factors(averages, block).items():
-            old = statistics.get(f"U{m}")
+        renewed, changes = dict(statistics), dict[tuple[int, int], Tensor]()
+        for (m, g), F in self._factors(averages, block).items():
+            name = key("U", m, g)
+            old = statistics.get(name)
             if old is None:
-                renewed[f"U{m}"] = first_basis(F)
+                renewed[name] = first_basis(F)
             else:
-                renewed[f"U{m}"], changes[m] = RENEW[self.basis](F, old)
+                renewed[name], changes[m, g] = RENEW[self.basis](F, old)
         if changes and "S" in statistics:
-            bases, shape = self._bases(renewed, block)
-            renewed["S"] = carry(statistics["S"], [changes.get(m) for m in range(len(bases))], shape)
+            groups = self._groups(renewed, block)
+            parts = statistics["S"].split([math.prod(shape) for _, shape in groups], -1)
+            carried = [
+                carry(S, [changes.get((m, g)) for m in range(len(bases))], shape)
+                for g, (S, (bases, shape)) in enumerate(zip(parts, groups, strict=True))
+            ]
+            renewed["S"] = torch.cat(carried, -1)
         return renewed
 
-    @staticmethod
-    def _bases(statistics: Statistics, block: Block) -> tuple[Bases, tuple[int, ...]]:
-        """The bases by mode, and the shape (b, n_1, ..., n_k) of a vector."""
-        bases = [statistics.get(f"U{m}") for m in range(len(block.shape))]
+    def _groups(self, statistics: Statistics, block: Block) -> list[Group]:
+        """The bases by mode, and the shape (b, n_1, ..., n_k) of a vector, group by group of tiles."""
+        if self.basis_of == "dim":
+            shapes = tiled(block).groups
+            return [([statistics.get(key("U", m, g)) for m in range(len(shape) - 1)], shape) for g, shape in enumerate(shapes)]
+        bases = [statistics.get(f"U{m}") for m in range(2)]
         stack = next((U.shape[0] for U in bases if U is not None), 1)
-        return bases, (stack, block.shape[0] // stack, *block.shape[1:])
+        return [(bases, (stack, block.shape[0] // stack, *block.shape[1:]))]
 
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
         if stage == "factors":
@@ -158,23 +186,25 @@ class KronEigen(Representation):
             )
         if self.update == "after" and statistics["observations"] == 1:
             return {}
-        bases, shape = self._bases(statistics, block)
+        groups = self._groups(statistics, block)
         if isinstance(observation, Gradient):
-            return {"S": rotated(bases, mean_gradient(observation, block).unsqueeze(0), shape).square().squeeze(0)}
+            return {"S": turned(groups, mean_gradient(observation, block).unsqueeze(0)).square().squeeze(0)}
         if not isinstance(observation, Columns):
             raise refuse_kind(self, observation)
-        return {"S": second_moments(observation, block, bases, shape)} | first_moment(observation, block)
+        return {"S": second_moments(observation, block, groups)} | first_moment(observation, block)
 
     def _contractions(self, observation: Observation, block: Block) -> Statistics:
-        modes = self._modes(block)
+        modes, tiling = self._modes(block), tiled(block)
         if isinstance(observation, Gradient):
-            rows = mean_gradient(observation, block).unsqueeze(0)
-            return {f"F{m}": contraction(rows, block.shape, m) for m in modes}
+            tiles = tiling.split(mean_gradient(observation, block).unsqueeze(0))
+            return {key("F", m, g): contraction(tiles[g], m) for m, g in modes}
         if not isinstance(observation, Columns):
             raise refuse_kind(self, observation)
-        total = {f"F{m}": zeros(block, block.shape[m], block.shape[m]) for m in modes}
+        groups = tiling.groups
+        total = {key("F", m, g): zeros(block, groups[g][0], groups[g][m + 1], groups[g][m + 1]) for m, g in modes}
         for rows in weighted_gradients(observation, block) if modes else ():
-            total = {f"F{m}": total[f"F{m}"] + contraction(rows, block.shape, m) for m in modes}
+            tiles = tiling.split(rows)
+            total = {key("F", m, g): total[key("F", m, g)] + contraction(tiles[g], m) for m, g in modes}
         return total
 
     def operator(self, statistics: Statistics, block: Block) -> Operator:
@@ -182,12 +212,19 @@ class KronEigen(Representation):
             raise UsageError(
                 "KronEigen(update='after') makes a basis of its first observation and measures nothing in it: use update='before'."
             )
-        bases, shape = self._bases(statistics, block)
+        groups = self._groups(statistics, block)
         S, mean = statistics["S"], deviation(statistics)
         if mean is not None:
-            S = S - rotated(bases, mean.unsqueeze(0), shape).square().squeeze(0)
-        return KroneckerEigen(bases, S.reshape(shape))
+            S = S - turned(groups, mean.unsqueeze(0)).square().squeeze(0)
+        parts = S.split([math.prod(shape) for _, shape in groups])
+        made = [KroneckerEigen(bases, part.reshape(shape)) for part, (bases, shape) in zip(parts, groups, strict=True)]
+        return made[0] if len(made) == 1 else BlockDiagonal({str(g): C for g, C in enumerate(made)})
 
     def bytes_held(self, block: Block, itemsize: int) -> int:
-        factors = self._io.bytes_held(block, 1) if self.basis_of == "io" else sum(block.shape[m] ** 2 for m in self._modes(block))
+        if self.basis_of == "io":
+            factors = self._io.bytes_held(block, 1)
+        else:
+            held = self.coordinates(block)
+            groups = tiled(held).groups
+            factors = sum(groups[g][0] * groups[g][m + 1] ** 2 for m, g in self._modes(held))
         return (2 * factors + block.n) * itemsize

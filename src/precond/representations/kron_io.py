@@ -13,8 +13,9 @@ from precond.blocks import Block
 from precond.errors import ObservationError
 from precond.layers import Rule as LayerRule
 from precond.observe import Columns, Factors, Kind, Observation, Part
-from precond.operators import Diagonal, Kronecker, Operator
+from precond.operators import Diagonal, Fit, Kronecker, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, refuse_kind, zeros
+from precond.representations.fitted import PROBES, over_probes
 from precond.representations.inputs import InputRows, averaged, few_examples, input_rows, input_sums, is_shared, second_moment
 from precond.representations.kron_secant import KronSecant
 from precond.representations.outputs import output_moment
@@ -44,6 +45,8 @@ class KronIO(Representation):
     scope = "matrix"
     requests = ("columns", "factors", "layer_secant")
     structure = Kronecker
+    followed = PROBES
+    fit = "kronecker"
 
     sharing: Literal["expand", "reduce"] = "expand"
     packed: Literal["split", "joint"] = "split"
@@ -55,7 +58,13 @@ class KronIO(Representation):
             raise ValueError(f"KronIO(sharing={self.sharing!r}): choose 'expand' or 'reduce'.")
 
     def over(self, kind: Kind) -> Representation:
-        return KronSecant(host=self) if kind == "layer_secant" else self
+        return KronSecant(host=self) if kind == "layer_secant" else over_probes(self, kind)
+
+    def fits(self, block: Block) -> tuple[Fit, ...]:
+        kept = self._absent(block)
+        first, second = (kept["B"], kept["A"]) if _owner_rule(block).joint else (kept["A"], kept["B"])
+        groups = second.shape[0] if second.dim() > 2 else 1
+        return (Fit((first.shape[-1], second.shape[-1]), ("dense" if first.dim() > 1 else "diagonal", "dense"), batch=groups),)
 
     def hosts(self, block: Block) -> str | None:
         owner = next(iter(block.layers.values()))

@@ -9,9 +9,10 @@ import torch
 
 from precond.blocks import Block
 from precond.observe import Columns, Kind, Observation
-from precond.operators import Dense, Operator
+from precond.operators import Dense, Fit, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, dense_matrix
 from precond.representations.centring import deviation, first_moment
+from precond.representations.fitted import PROBES
 from precond.representations.secant import over_pairs
 from precond.statistics import Stat
 
@@ -31,9 +32,14 @@ class Layer(Representation):
     requests = ("columns", "gradient", "product", "factors", "secant", "successive")
     centres = True
     structure = Dense
+    followed = PROBES
+    fit = "dense"
 
     def over(self, kind: Kind) -> Representation:
         return over_pairs(self, kind)
+
+    def fits(self, block: Block) -> tuple[Fit, ...]:
+        return (Fit((block.n,), ("dense",)),)
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         return {"matrix": Stat("mean", form="matrix")}

@@ -41,7 +41,9 @@ class LayerLowRank(Rows):
         if self.sketch is not None and self.sketch < 1:
             raise ValueError(f"sketch={self.sketch}: draw at least one coordinate, or None for no sketch.")
         if self.sketch is not None and self.truncation.cuts:
-            raise ValueError("sketch= estimates the Gram matrix, whose eigenvectors rank, energy and tolerance would take for exact: give one of the two.")
+            raise ValueError(
+                "sketch= estimates the Gram matrix, whose eigenvectors rank, energy and tolerance would take for exact: give one of the two."
+            )
 
     @property
     def rows(self) -> Stat:

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from precond.blocks import Block
 from precond.observe import Columns, Gradient, Kind, Observation
-from precond.operators import LowRank, Operator
+from precond.operators import Fit, LowRank, Operator
 from precond.representations.base import Representation, Statistics, mean_gradient, refuse_kind, weighted_gradients, zeros
 from precond.representations.centring import deviation, first_moment
+from precond.representations.fitted import PROBES
 from precond.representations.memory_secant import over_memory
 from precond.statistics import GRAM, Stat
 from precond.truncation import Truncation
+
+
+_RANK = 10  # of what is fitted to pairs, where none is given: that of the published code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class LowRankForm(Representation):
     gather: int = 0
 
     def __post_init__(self) -> None:
-        self.truncation  # refuses what has no meaning
+        self.truncation  # noqa: B018  # refuses what has no meaning
 
     @property
     def truncation(self) -> Truncation:
@@ -91,6 +95,8 @@ class Rows(LowRankForm):
     """
 
     requests = ("columns", "gradient", "secant", "successive")
+    followed = PROBES
+    fit = "low_rank"
 
     memory: int = 10
     scaling: Literal["newest", "none"] = "newest"
@@ -101,6 +107,9 @@ class Rows(LowRankForm):
             raise ValueError(f"memory={self.memory}: keep at least one pair.")
         if self.scaling not in ("newest", "none"):
             raise ValueError(f"scaling={self.scaling!r}: choose 'newest' or 'none'.")
+
+    def fits(self, block: Block) -> tuple[Fit, ...]:
+        return (Fit((block.n,), ("diagonal",), rank=min(self.rank or _RANK, block.n)),)
 
     def over(self, kind: Kind) -> Representation:
         return over_memory(self, kind, self.memory, newest=self.scaling == "newest")

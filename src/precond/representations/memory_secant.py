@@ -12,6 +12,7 @@ from precond.blocks import Block
 from precond.observe import Kind
 from precond.operators import Operator, SecantMemory
 from precond.representations.base import Representation, Statistics, zeros
+from precond.representations.fitted import over_probes
 from precond.representations.secant import DenseSecant, SuccessiveSecant
 from precond.secant import PairRule
 from precond.statistics import Stat
@@ -36,7 +37,14 @@ class MemorySecant(DenseSecant):
 
     def _start(self, block: Block) -> Statistics:
         none, s = zeros(block, self.memory, block.n), zeros(block, block.n)
-        return {"S": none, "Y": none, "initial": torch.ones_like(s[0]), "s": s, "y": s, "pairs": torch.zeros((), dtype=torch.int64, device=s.device)}
+        return {
+            "S": none,
+            "Y": none,
+            "initial": torch.ones_like(s[0]),
+            "s": s,
+            "y": s,
+            "pairs": torch.zeros((), dtype=torch.int64, device=s.device),
+        }
 
     def _follow(self, s: Tensor, y: Tensor, rule: PairRule, block: Block, statistics: Statistics) -> Statistics:
         start = statistics or self._start(block)
@@ -72,4 +80,4 @@ def over_memory(host: Representation, kind: Kind, memory: int, *, newest: bool) 
     """The host where its kind of observation is a pair, itself otherwise."""
     if kind == "secant":
         return MemorySecant(host=host, memory=memory, newest=newest)
-    return SuccessiveMemory(host=host, memory=memory, newest=newest) if kind == "successive" else host
+    return SuccessiveMemory(host=host, memory=memory, newest=newest) if kind == "successive" else over_probes(host, kind)

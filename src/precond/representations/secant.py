@@ -13,6 +13,7 @@ from precond.blocks import Block, Scope
 from precond.observe import Kind, Observation, Pair, Slope
 from precond.operators import Diagonal, Operator, Secant
 from precond.representations.base import Representation, Statistics, refuse_kind, zeros
+from precond.representations.fitted import over_probes
 from precond.secant import PairRule
 from precond.statistics import Stat
 
@@ -30,6 +31,7 @@ class DenseSecant(Representation):
     requests: ClassVar[tuple[Kind, ...]] = ("secant",)
     stages: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ("pair",)
+    averaged: ClassVar[bool] = False
 
     host: Representation
     division: Division = "whole"
@@ -110,4 +112,4 @@ def over_pairs(host: Representation, kind: Kind, division: Division = "whole") -
     """The host where its kind of observation is a pair, itself otherwise."""
     if kind == "secant":
         return DenseSecant(host=host, division=division)
-    return SuccessiveSecant(host=host, division=division) if kind == "successive" else host
+    return SuccessiveSecant(host=host, division=division) if kind == "successive" else over_probes(host, kind)

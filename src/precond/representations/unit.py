@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from precond.blocks import Block
+from precond.blocks import Block, Scope
 from precond.observe import Columns, Factors, Gradient, Kind, Observation, Product
-from precond.operators import Dense, Operator
+from precond.operators import Dense, Fit, Operator
 from precond.representations.base import (
     REGISTRY,
     Representation,
@@ -22,6 +24,7 @@ from precond.representations.base import (
     zeros,
 )
 from precond.representations.centring import deviation, first_moment
+from precond.representations.fitted import PROBES
 from precond.representations.inputs import unit_blocks
 from precond.representations.secant import over_pairs
 from precond.representations.unshared import unshared_rows
@@ -38,17 +41,46 @@ class Unit(Representation):
     (scale) sum_ik g_iko^2 a_i a_i^T and no gradient by example is formed. Sources: Kurita 1994; Le Roux et al. 2007;
     Ollivier 2015.
 
-    >>> Unit().scope
-    'matrix'
+    Args:
+        block: "row": the above. "kernel": mini-blocks, every tensor by itself: of a convolution one block a kernel (out, in), prod(kernel) square, and
+            so of any tensor of order 3 or more; of a matrix one a row, without the homogeneous 1; of a vector, such as a bias, its entries.
+            Memory prod(n) prod(kernel). Source: Bahamou, Goldfarb & Ren 2023, arXiv 2202.04124.
+
+    >>> Unit().scope, Unit(block="kernel").scope
+    ('matrix', 'kernel')
     """
 
-    scope = "matrix"
-    requests = ("columns", "gradient", "product", "factors", "secant", "successive")
     centres = True
     structure = Dense
+    followed = PROBES
+    fit = "dense"
+
+    block: Literal["row", "kernel"] = "row"
+
+    def __post_init__(self) -> None:
+        if self.block not in ("row", "kernel"):
+            raise ValueError(f"Unit(block={self.block!r}): choose 'row' or 'kernel'.")
+
+    @property
+    def scope(self) -> Scope:  # type: ignore[override]
+        return "matrix" if self.block == "row" else "kernel"
+
+    @property
+    def requests(self) -> tuple[Kind, ...]:  # type: ignore[override]
+        moments: tuple[Kind, ...] = ("factors",) if self.block == "row" else ()  # a bias by itself has no input
+        return ("columns", "gradient", "product", *moments, "secant", "successive")
+
+    def remark(self, shape: tuple[int, ...]) -> str | None:
+        if self.block == "row" or len(shape) < 3:
+            return None
+        return f"{math.prod(shape[:2])} kernels of {math.prod(shape[2:])}"
 
     def over(self, kind: Kind) -> Representation:
         return over_pairs(self, kind, "rows")
+
+    def fits(self, block: Block) -> tuple[Fit, ...]:
+        rows, width = block.shape
+        return (Fit((width,), ("dense",), batch=rows),)
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         return {"blocks": Stat("mean", form="matrix")}
@@ -86,7 +118,7 @@ class Unit(Representation):
 def _from_columns(observation: Columns, block: Block) -> Tensor:
     rows, width = block.shape
     unshared = unshared_rows(observation, block)
-    if unshared is not None:
+    if unshared is not None and all((rows, width) == (g.shape[1], a.shape[1]) for g, a in unshared):
         squares, inputs = torch.cat([g.square() for g, _ in unshared]), torch.cat([a for _, a in unshared])
         return torch.stack([(inputs * square.unsqueeze(1)).T @ inputs for square in squares.unbind(1)])
     total = zeros(block, rows, width, width)

@@ -55,8 +55,8 @@ class UnitGram(GramForm):
         if rule is None:
             rows = torch.cat([chunk.movedim(0, 1) for chunk in block.gradients(part)])
             return [(rows.new_ones(len(rows), 1, 1, 1, 1), rows.view(*rows.shape[:2], 1, *block.shape))]
-        inputs = [a.a if isinstance(a, Ragged) else a for a in input_rows(part, block, check=True)]
-        a = torch.cat([a.permute(1, 2, 0, 3).unsqueeze(1) for a in inputs], 2)
+        inputs = [rows.a if isinstance(rows, Ragged) else rows for rows in input_rows(part, block, check=True)]
+        a = torch.cat([rows.permute(1, 2, 0, 3).unsqueeze(1) for rows in inputs if isinstance(rows, Tensor)], 2)
         g = torch.cat([layer.rule.outputs(seen).permute(2, 0, 3, 1, 4) for layer, seen in calls], 2)
         return [(g, a) if rule.input_first and not block.transposed else (a, g)]
 
@@ -76,7 +76,9 @@ class UnitGram(GramForm):
         if a.shape[1] > 1:
             g = g.expand(-1, columns, -1, -1, -1)
         first, second = outermost(a).permute(2, 0, 1, 3), outermost(g).permute(2, 3, 0, 1)  # (G, n or N, R, in'), (G, out, n, R)
-        return [(first.unsqueeze(1).flatten(0, 1) if len(first) == 1 else _each(first, second.shape[1]), second.flatten(0, 1).unsqueeze(-1))]
+        return [
+            (first.unsqueeze(1).flatten(0, 1) if len(first) == 1 else _each(first, second.shape[1]), second.flatten(0, 1).unsqueeze(-1))
+        ]
 
     def bytes_held(self, block: Block, itemsize: int) -> int:
         return sum(block.shape) * itemsize

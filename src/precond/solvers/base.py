@@ -7,9 +7,10 @@ from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
-from precond.damping import Damping, Tikhonov
+from precond.damping import Blockwise, Damping, Tikhonov
 from precond.errors import InvalidCombination
-from precond.operators import Operator, RootShifted, Shifted
+from precond.operators import BlockDiagonal, FitName, Operator, RootShifted, Shifted, SparsePrecision
+from precond.operators.block_diagonal import put, take
 from precond.registry import Registry
 
 State = dict[str, Any]
@@ -33,15 +34,21 @@ class Solver(ABC):
     """Whether the damped operator must be positive definite."""
     live: ClassVar[bool] = False
     """Whether it takes matrix-free operators, which are then handed to `apply`."""
+    follows: ClassVar[tuple[str, ...]] = ()
+    """Kinds of observation that it follows, where it is not made for a matrix: it is then given nothing else."""
+    fits: ClassVar[frozenset[FitName]] = frozenset()
+    """The structures that it fits to `Pairs`."""
     power: float = 1.0
     """p: what is applied is damped^(-p). An option of the solvers that have powers."""
 
     def natural_damping(self, structure: type[Operator]) -> type[Damping]:
         """What a number given as damping means for a structure: exact C + damping I wherever the solver can add it."""
-        return Tikhonov
+        return Blockwise if issubclass(structure, SparsePrecision) else Tikhonov
 
     def takes(self, operator: Operator | type[Operator]) -> bool:
-        """Whether it can invert a structure; the user's own shift counts as part of what it shifts."""
+        """Whether it can invert a structure; the user's own shift counts as part of what it shifts, and blocks are inverted one by one."""
+        if isinstance(operator, BlockDiagonal):
+            return all(self.takes(block) for block in operator.blocks.values())
         if isinstance(operator, (Shifted, RootShifted)):
             return self.takes(operator.operator)
         structure = operator if isinstance(operator, type) else type(operator)
@@ -64,6 +71,10 @@ class Solver(ABC):
         """
         if not self.takes(operator):
             self.refuse(operator, f"it takes {', '.join(sorted(s.__name__ for s in self.accepts))}")
+        if isinstance(operator, BlockDiagonal):
+            old = state.get("blocks", {})
+            blocks = {name: self.refresh(old.get(name, {}), block, damping) for name, block in operator.blocks.items()}
+            return {"blocks": blocks, "layout": dict(operator.layout)}
         return self._refresh(state, operator, damping)
 
     def apply(self, state: State, vector: Tensor, operator: Operator | None = None) -> tuple[Tensor, State]:
@@ -75,8 +86,15 @@ class Solver(ABC):
         if vector.dim() not in (1, 2):
             raise ValueError(f"the {self.name} solver takes a vector (n,) or columns (n, k), not shape {tuple(vector.shape)}.")
         columns = vector.unsqueeze(1) if vector.dim() == 1 else vector
-        result, state = self._apply(state, columns, operator)
+        result, state = self._apply_blocks(state, columns, operator) if "layout" in state else self._apply(state, columns, operator)
         return result.reshape(vector.shape), state
+
+    def _apply_blocks(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:
+        live = operator.blocks if isinstance(operator, BlockDiagonal) else {}
+        parts, states = take(V, state["layout"]), {}
+        for name, inner in state["blocks"].items():
+            parts[name], states[name] = self.apply(inner, parts[name], live.get(name))
+        return put(parts, state["layout"], V), state | {"blocks": states}
 
     @abstractmethod
     def _refresh(self, state: State, operator: Operator, damping: Damping) -> State:

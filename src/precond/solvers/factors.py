@@ -11,8 +11,9 @@ from torch import Tensor
 from precond.damping import Damping, Factored, Tikhonov
 from precond.errors import SolverFailure
 from precond.numerics import ROUNDING
-from precond.operators import Dense, Diagonal, Kronecker, Operator, Shifted, pack, unpack
+from precond.operators import BlockDiagonal, Dense, Diagonal, Kronecker, Operator, Shifted, pack, unpack
 from precond.operators.base import number
+from precond.operators.kronecker import matrices
 from precond.solvers.base import Solver, State
 
 
@@ -48,14 +49,18 @@ class FactorSolver(Solver):
             return self._factorise(damped.matrix) | {"size": damped.size}
         if isinstance(damped, Kronecker):
             damped = damped.materialise()
-            inverses = [self._inverse(F) for F in damped.factors]
+            inverses = [self.inverse(F) for F in damped.factors]
             scale = 1 / damped.scale if isinstance(damped.scale, float) and damped.scale else 1 / number(damped.scale, damped)
-            if isinstance(scale, Tensor) and not bool(scale.isfinite()):
+            if isinstance(scale, Tensor) and not bool(scale.isfinite().all()):
                 raise SolverFailure(f"the {self.name} solver was given a Kronecker operator of scale 0, which is singular.")
             return {"inverse": pack(Kronecker(*inverses, scale=scale))}
         self.refuse(damped, "its damping is not factor-wise; use Factored damping, or the 'eigen' solver, which adds it exactly")
 
-    def _inverse(self, F: Dense | Diagonal) -> Dense | Diagonal:
+    def inverse(self, F: Operator) -> Operator:
+        """The inverse of a factor of a Kronecker product, damped already."""
+        if isinstance(F, BlockDiagonal):
+            return F.with_blocks({name: self.inverse(block) for name, block in F.blocks.items()})
+        F = matrices(F)
         if isinstance(F, Dense):
             return Dense(self._invert(self._factorise(F.matrix)))
         reciprocal = F.values.reciprocal()

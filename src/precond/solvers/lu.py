@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from precond.numerics import symmetrise
+from precond.damping import Damping
+from precond.errors import SolverFailure
+from precond.numerics import eigh, symmetrise
+from precond.operators import Dense, Kronecker, Operator, Shifted
 from precond.solvers.base import REGISTRY, State
 from precond.solvers.factors import FactorSolver
+
+Spectrum = Literal["keep", "abs", "raise"]
 
 
 @REGISTRY.register("lu")
@@ -19,19 +25,36 @@ class LU(FactorSolver):
 
     Refresh 2 n^3 / 3 a matrix, apply 2 n^2. A stack is factorised at once.
 
+    Args:
+        spectrum: what becomes of negative eigenvalues. "keep": C is solved as it is, and a direction may go uphill; "abs": |C| in its place,
+            damped afterwards, at the cost of an eigendecomposition (|B (x) A| = |B| (x) |A|); "raise": a damped matrix that is not
+            definite fails, found by a Cholesky factorisation, so that more damping is tried.
+
     Raises:
-        SolverFailure: a pivot is within rounding of zero against the largest entry of its matrix.
+        SolverFailure: a pivot is within rounding of zero against the largest entry of its matrix; indefinite, and told to raise.
 
     >>> from precond.damping import Tikhonov
     >>> from precond.operators import Dense
-    >>> solver = LU()
-    >>> state = solver.init(Dense(torch.diag(torch.tensor([1.0, -2.0]))), Tikhonov(0.0))
-    >>> solver.apply(state, torch.ones(2))[0]
+    >>> C = Dense(torch.diag(torch.tensor([1.0, -2.0])))
+    >>> LU().apply(LU().init(C, Tikhonov(0.0)), torch.ones(2))[0]
     tensor([ 1.0000, -0.5000])
+    >>> LU(spectrum="abs").apply(LU(spectrum="abs").init(C, Tikhonov(0.0)), torch.ones(2))[0]
+    tensor([1.0000, 0.5000])
     """
+
+    spectrum: Spectrum = "keep"
+
+    def __post_init__(self) -> None:
+        if self.spectrum not in get_args(Spectrum):
+            raise ValueError(f"spectrum is one of {', '.join(get_args(Spectrum))}, not {self.spectrum!r}.")
+
+    def damped(self, operator: Operator, damping: Damping) -> Operator:
+        return super().damped(_absolute(operator) if self.spectrum == "abs" else operator, damping)
 
     def _factorise(self, A: Tensor) -> State:
         A = symmetrise(A)
+        if self.spectrum == "raise" and bool((torch.linalg.cholesky_ex(A).info != 0).any()):
+            raise SolverFailure(f"the lu solver found a matrix of shape {tuple(A.shape)} indefinite, and was told to raise: increase the damping.")
         factor, pivots, _ = torch.linalg.lu_factor_ex(A)
         self._check(factor.diagonal(dim1=-2, dim2=-1).abs(), A.abs().amax((-2, -1))[..., None], A.shape)
         return {"factor": factor, "pivots": pivots}
@@ -43,3 +66,16 @@ class LU(FactorSolver):
     def _solve(self, state: State, V: Tensor) -> Tensor:
         solution: Tensor = torch.linalg.lu_solve(state["factor"], state["pivots"], V)
         return solution
+
+
+def _absolute(operator: Operator) -> Operator:
+    if isinstance(operator, Shifted) and isinstance(operator.operator, Dense):
+        operator = operator.operator.plus(operator.shift)
+    if isinstance(operator, Dense):
+        d, U = eigh(operator.matrix)
+        return Dense((U * d.abs().unsqueeze(-2)) @ U.mT)
+    if isinstance(operator, Kronecker):
+        operator = operator.materialise()
+        factors = [_absolute(F) if isinstance(F, Dense) else type(F)(F.values.abs()) for F in operator.factors]
+        return Kronecker(*factors, scale=abs(operator.scale))  # type: ignore[arg-type]  # of a Dense it is a Dense
+    return operator

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from precond.damping import Damping
+from precond.damping import Damping, Factored
 from precond.errors import SolverFailure, UsageError
 from precond.numerics import ROUNDING
-from precond.operators import Gram, LowRank, LowRankEigen, Operator, RootShifted, RowForm, Shifted, pack, unpack
+from precond.operators import Gram, Kronecker, LowRank, LowRankEigen, Operator, RootShifted, RowForm, Shifted, pack, unpack
 from precond.operators.base import inverse_power, number
+from precond.operators.modes import mode_product
+from precond.operators.shifted import spread
 from precond.solvers.base import REGISTRY, Solver, State
+from precond.solvers.cholesky import Cholesky
 
 Complement = Literal["damped", "zero"]
 
@@ -28,6 +33,9 @@ class SMW(Solver):
     power or damping f: f(0) I + V (f(D) - f(0)) V^T from the eigendecomposition C = V D V^T on the Gram side, such as
     (1/e) I + V ((D^(1/2) + e)^-1 - 1/e) V^T for `Outside` damping and power 1/2. Refresh: the Gram matrix, and r^3 / 3 or 10 r^3; apply two
     products with U and r^2. Sources: Woodbury 1950; Ren and Goldfarb 2019 (arXiv 1906.02353); Agarwal et al. 2019 (GGT, arXiv 1806.02958).
+
+    A Kronecker operator is inverted factor by factor, for power 1 and factor-wise damping: those held by their rows as above, the others by
+    Cholesky (SKFAC, Tang et al. 2021).
 
     What is applied to directions in the row space is a difference that loses log10(D / l) digits. Where that leaves none, all of it is
     computed in float64.
@@ -51,7 +59,7 @@ class SMW(Solver):
     tensor([0.3333, 0.3333])
     """
 
-    accepts: ClassVar[frozenset[type[Operator]]] = frozenset({LowRank, Gram})
+    accepts: ClassVar[frozenset[type[Operator]]] = frozenset({LowRank, Gram, Kronecker})
 
     power: float = 1.0
     complement: Complement = "damped"
@@ -69,12 +77,15 @@ class SMW(Solver):
                 f"smw needs tolerance, threshold and promote of at least 0, not {self.tolerance}, {self.threshold} and {self.promote}."
             )
 
+    def natural_damping(self, structure: type[Operator]) -> type[Damping]:
+        return Factored if issubclass(structure, Kronecker) else super().natural_damping(structure)
+
     @property
     def _cuts(self) -> bool:
         return self.complement == "zero" or self.tolerance > 0 or self.threshold > 0
 
     def damped(self, operator: Operator, damping: Damping) -> Operator:
-        if not self._cuts:
+        if not self._cuts or isinstance(operator, Kronecker):
             return damping(operator, self.power)
         eigen = _eigen(operator)
         kept = eigen.values > torch.clamp(self.tolerance * eigen.values.amax(-1, keepdim=True), min=self.threshold)
@@ -86,13 +97,31 @@ class SMW(Solver):
         return LowRankEigen(damped.rows, damped.vectors, torch.where(kept, damped.values, rest), rest)
 
     def _refresh(self, state: State, operator: Operator, damping: Damping) -> State:
-        damped, rows = self.damped(operator, damping), _rows(operator)
+        damped = self.damped(operator, damping)
+        if isinstance(damped, Kronecker) and self.power == 1 and not self._cuts:
+            return self._invert_factors(damped.materialise())
+        if isinstance(operator, Kronecker):
+            self.refuse(damped, "it inverts factor by factor: use Factored damping, power 1 and no cut; or the 'eigen' solver")
+        return self._by_rows(_rows(operator), damped, lambda: self.damped(_widen(operator), damping))
+
+    def _invert_factors(self, damped: Kronecker) -> State:
+        """Of every factor the state of its own inversion, or its inverse."""
+        factors = {}
+        for m, F in enumerate(damped.factors):
+            rows = F.operator if isinstance(F, Shifted) else F
+            by_rows = isinstance(rows, RowForm)
+            factors[str(m)] = self._by_rows(rows, F, partial(_widen, F)) if by_rows else {"inverse": pack(Cholesky().inverse(F))}
+        scale = number(damped.scale, damped).reciprocal()
+        if not bool(scale.isfinite().all()):
+            self._fail(damped)
+        return {"factors": factors, "scale": scale, "batch": damped.batch.numel(), "sizes": {str(m): n for m, n in enumerate(damped.sizes)}}
+
+    def _by_rows(self, rows: RowForm, damped: Operator, widened: Callable[[], Operator]) -> State:
         diagonal = rows.weigh(rows.gram).diagonal(dim1=-2, dim2=-1)
         if rows.dtype != torch.float64 and bool(self._smallest(rows, damped) < self.promote * diagonal.abs().max()):
-            operator = _widen(operator)
-            damped = self.damped(operator, damping)
+            damped = widened()
         can_factorise = self.power == 1 and isinstance(damped, Shifted) and isinstance(damped.operator, RowForm)
-        root = _rows(operator).root_weights() if can_factorise else None
+        root = _rows(damped).root_weights() if can_factorise else None
         found = self._invert(damped) if root is None else self._factorise(damped, root)
         return {"rows": pack(rows.unweighted())} | found
 
@@ -103,17 +132,17 @@ class SMW(Solver):
             return torch.where(values > 0, values, torch.full_like(values, torch.inf)).amin()
         if isinstance(damped, RootShifted):
             return number(damped.shift, rows).pow(1 / damped.power)
-        return number(damped.shift if isinstance(damped, Shifted) else 0.0, rows)
+        return number(damped.shift if isinstance(damped, Shifted) else 0.0, rows).amin()
 
     def _factorise(self, damped: Operator, root: Tensor) -> State:
         assert isinstance(damped, Shifted) and isinstance(damped.operator, RowForm)
         shift = number(damped.shift, damped)
         inner = damped.operator.gram * root.unsqueeze(-1) * root.unsqueeze(-2)
-        inner.diagonal(dim1=-2, dim2=-1).add_(shift)
+        inner.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
         L, info = torch.linalg.cholesky_ex(inner)
         pivots = torch.where(info[..., None] == 0, L.diagonal(dim1=-2, dim2=-1).square(), -1.0)
         noise = ROUNDING * torch.finfo(pivots.dtype).eps * inner.diagonal(dim1=-2, dim2=-1)
-        if not bool((shift > 0) & (pivots > noise).all()):
+        if not bool((shift > 0).all() & (pivots > noise).all()):
             self._fail(damped)
         return {"factor": L, "root": root, "shift": shift}
 
@@ -131,15 +160,27 @@ class SMW(Solver):
         )
 
     def _apply(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:
+        if "factors" in state:
+            return self._apply_factors(state, V), state
         rows, wide = _kept_rows(state)
         X = V.to(wide)
         if "factor" in state:
             root, shift = state["root"].unsqueeze(-1), state["shift"]
             inside = rows.right(root * torch.cholesky_solve(root * rows.left(X), state["factor"]))
-            result = inside.neg_().add_(X).div_(shift)  # in place: vectors are as long as the parameters
+            result = inside.neg_().add_(X).div_(spread(shift, rows.size))  # in place: vectors are as long as the parameters
         else:
             result = LowRankEigen(rows, state["vectors"], state["values"], state["rest"]) @ X
         return result.to(V.dtype), state
+
+    def _apply_factors(self, state: State, V: Tensor) -> Tensor:
+        X = V.reshape(state["batch"], *state["sizes"].values(), V.shape[1])
+        for m, inner in enumerate(state["factors"].values()):
+            X = mode_product(unpack(inner["inverse"])._matmul if "inverse" in inner else partial(self._apply_to, inner), X, m + 1)
+        scale: Tensor = state["scale"]
+        return (X.reshape(state["batch"], -1) * scale.reshape(-1, 1)).reshape(V.shape)
+
+    def _apply_to(self, state: State, V: Tensor) -> Tensor:
+        return self._apply(state, V, None)[0]
 
     def apply_to_rows(self, state: State, c: Tensor) -> Tensor:
         """(C + l I)^-1 U^T S c for `c` (*batch, r), without the cancellation: U^T S (l I + S U U^T S)^-1 c, one product with U^T.

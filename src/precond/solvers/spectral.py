@@ -51,7 +51,10 @@ class SpectralSolver(Solver):
     def _refresh(self, state: State, operator: Operator, damping: Damping) -> State:
         # a damping that keeps the eigenvectors is added to the spectrum itself, which is exact for a Kronecker product
         known = operator.spectral() if damping.keeps_eigenvectors else operator
-        damped = self.damped(known, damping).spectral()
+        return self._inverted(self.damped(known, damping).spectral(), operator)
+
+    def _inverted(self, damped: Spectral, operator: Operator) -> State:
+        """The state that applies the inverse power of a damped spectrum; the operator is named where there is none."""
         inverse = damped.map(self._invert)
         if not bool(inverse.spectrum.isfinite().all()):
             raise SolverFailure(
