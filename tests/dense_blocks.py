@@ -134,6 +134,30 @@ def project_unit(M: Tensor, model: nn.Module) -> Tensor:
     return _keep(M, unit_indices(model))
 
 
+def kernel_indices(model: nn.Module) -> list[Tensor]:
+    """The places in theta of each mini-block: a kernel (out, in) of a tensor of order 3 or more, a row of a matrix, an element of a vector.
+
+    A row of a matrix is an output unit, also where the weight is stored (in, out).
+    """
+    places, blocks = positions(model), []
+    for name, parameter in model.named_parameters():
+        if name in places:
+            index = _range(places[name]).reshape(parameter.shape)
+            if parameter.dim() > 2:
+                blocks += [index[o, i].flatten() for o in range(parameter.shape[0]) for i in range(parameter.shape[1])]
+            elif parameter.dim() == 2:
+                stored_first = hasattr(model.get_submodule(name.rpartition(".")[0]), "nf")
+                blocks += list(index.T if stored_first else index)
+            else:
+                blocks += list(index.reshape(-1, 1))
+    return blocks
+
+
+def project_kernel(M: Tensor, model: nn.Module) -> Tensor:
+    """Zero outside the blocks of `kernel_indices`."""
+    return _keep(M, kernel_indices(model))
+
+
 def project_diagonal(M: Tensor) -> Tensor:
     """Zero outside the diagonal."""
     return M.diagonal().diag()

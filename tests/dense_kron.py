@@ -8,6 +8,9 @@ Claims (methods A.5, C.7; rows are examples x positions, and the calls of a modu
 * g is the gradient of a column's term losses in the layer's output, unscaled; scale is 1 / N_terms for 'mean', 1 for 'sum';
 * a convolution's rows are its patches in the order of weight[o].flatten(); a grouped one gives one pair for each group, over the
   group's own channels;
+* over dimensions, a tensor may be read in another shape and cut into tiles: each tile has the factors of its own part of the gradients, and
+  nothing lies between tiles; a factor may be left the identity or cut to its diagonal;
+* a structured factor is the dense one restricted: to its diagonal or to blocks on it; or made of the mean row alone;
 * a transposed convolution's input rows are its input at each location, its output rows the patches of g that each location wrote, in the
   order of weight[i].flatten(); its bias is apart.
 
@@ -163,3 +166,64 @@ def kron_dim(gradients: Tensor, scale: float = 1.0) -> list[Tensor]:
         unfolded = [gradient.movedim(mode, 0).reshape(gradient.shape[mode], -1) for gradient in gradients]
         factors.append(scale * sum(each @ each.T for each in unfolded))
     return factors
+
+
+def power(F: Tensor, p: float) -> Tensor:
+    """F^p of a positive semi-definite matrix; an eigenvalue within rounding of zero is zero, which a root would make large."""
+    d, U = torch.linalg.eigh(F)
+    return (U * torch.where(d > 1e-14 * d.max(), d, 0.0) ** p) @ U.T
+
+
+def kron_dim_product(gradients: Tensor, forms: list[str], *, trace: bool = False, scale: float = 1.0) -> Tensor:
+    """One Kronecker product over the dimensions of tensors (n, *shape), each factor dense, cut to its diagonal or left the identity."""
+    factors = kron_dim(gradients, scale)
+    total, kept = torch.trace(factors[0]), sum(form != "identity" for form in forms)
+    result = torch.ones(1, 1, dtype=gradients.dtype)
+    for F, form in zip(factors, forms, strict=True):
+        made = {"dense": F, "diagonal": F.diagonal().diag(), "identity": torch.eye(len(F), dtype=F.dtype)}[form]
+        if form == "identity":
+            result = torch.kron(result, made / (len(F) if trace else 1))
+        else:
+            result = torch.kron(result, made if trace else power(made, 1 / kept))
+    return result / total ** (kept - 1) if trace and total > 0 else result
+
+
+def tiles(shape: list[int], pieces: list[list[int]]) -> list[Tensor]:
+    """The places of each tile of a tensor in its flat order, in the order of the tile; `pieces` are lengths along each dimension."""
+    index, found = torch.arange(math.prod(shape)).reshape(shape), []
+    cuts = [[(sum(lengths[:i]), sum(lengths[: i + 1])) for i in range(len(lengths))] for lengths in pieces]
+    for corner in itertools.product(*cuts):
+        found.append(index[tuple(slice(start, end) for start, end in corner)])
+    return found
+
+
+def kron_dim_tiled(gradients: Tensor, shape: list[int], pieces: list[list[int]], forms: list[str], **options: float) -> Tensor:
+    """(p, p), in the order of the tensor, from gradients (n, *tensor): one product a tile of the tensor read as `shape`."""
+    flat = gradients.flatten(1)
+    result = flat.new_zeros(flat.shape[1], flat.shape[1])
+    for place in tiles(shape, pieces):
+        where = place.flatten()
+        result[where.unsqueeze(1), where] = kron_dim_product(flat[:, where].reshape(-1, *place.shape), forms, **options)
+    return result
+
+
+def restricted(F: Tensor, structure: str, blocks: list[int]) -> Tensor:
+    """A factor restricted to a structure; `blocks` are the sizes of its blocks."""
+    if structure == "diagonal":
+        return F.diagonal().diag()
+    if structure == "identity":
+        return torch.eye(len(F), dtype=F.dtype)
+    if structure == "block":
+        kept, start = torch.zeros_like(F), 0
+        for size in blocks:
+            inside = slice(start, start + size)
+            kept[inside, inside] = F[inside, inside]
+            start += size
+        return kept
+    return F
+
+
+def rank_one(rows: Tensor, weight: float) -> Tensor:
+    """weight * m m^T of the mean row m."""
+    mean = sum(rows) / len(rows)
+    return weight * torch.outer(mean, mean)

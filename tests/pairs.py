@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from dense_cells import ALL
 from nets import normal
 from precond import cells, matrices, representations
 from precond.matrices import AbsHessian
@@ -33,6 +36,24 @@ PAIRS = [(m, r) for m in OF_A_BATCH for r in representations.names() if valid(m,
 def hosts(case: str, matrix: str) -> bool:
     """Whether there is such a matrix of a case."""
     return matrix != "ggn_recursive" or case in CHAINS
+
+
+def everyday(case: str, matrix: str, repr: str) -> bool:
+    """Whether a cell of the grid runs every day; the others are marked slow.
+
+    Every cell on the smallest net; on every net each matrix in the forms that project nothing away, and each other representation with one
+    matrix in turn, another one on the next net.
+    """
+    if case == "mlp" or repr in ("full", "layer", "matrix_free"):
+        return True
+    names, hosted = list(ALL), [m for m, r in PAIRS if r == repr and hosts(case, m)]
+    return matrix == hosted[(names.index(case) + representations.names().index(repr)) % len(hosted)]
+
+
+def grid(cases: Iterable[str], cells: Iterable[tuple[str, str]]) -> list[Any]:
+    """Parameters (case, matrix, repr) for all cells that there are."""
+    found = [(case, m, r) for case in cases for m, r in cells if hosts(case, m)]
+    return [pytest.param(*cell, marks=() if everyday(*cell) else pytest.mark.slow) for cell in found]
 
 
 def exactly(matrix: Any, repr: Any, model: torch.nn.Module) -> Any:

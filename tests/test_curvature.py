@@ -26,7 +26,7 @@ import dense_cells
 import precond
 from dense_cells import ALL
 from nets import normal
-from pairs import LEFT, PAIRS, SAMPLED, TRAJECTORY, exactly, hosts
+from pairs import LEFT, PAIRS, SAMPLED, TRAJECTORY, exactly, grid
 from precond import matrices, representations
 from precond.blocks import Partition
 from precond.matrices import BatchedFisherMC, FisherMC
@@ -35,7 +35,7 @@ from precond.representations import KronDim, KronIO
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 
-GRID = [(case, m, r) for case in ALL for m, r in PAIRS if hosts(case, m)]
+GRID = grid(ALL, PAIRS)
 
 
 def curve(case: Any, matrix: Any, repr: Any, **options: Any) -> Any:
@@ -113,7 +113,7 @@ def test_products_of_the_absolute_hessian_are_those_of_the_dense_one(name: str) 
 
 
 @pytest.mark.filterwarnings(LEFT)
-@pytest.mark.parametrize(("name", "matrix", "repr"), [cell for cell in GRID if cell[2] != "kron_dim" and not live(*cell[1:])])
+@pytest.mark.parametrize(("name", "matrix", "repr"), [cell for cell in GRID if cell.values[2] != "kron_dim" and not live(*cell.values[1:])])
 def test_curvature_is_the_projection_of_the_dense_matrix(name: str, matrix: str, repr: str, spy: Spy) -> None:
     got = curve(ALL[name], matrix, repr).to_dense()
     sampled = spy.only()
@@ -124,15 +124,15 @@ def test_curvature_is_the_projection_of_the_dense_matrix(name: str, matrix: str,
 
 
 @pytest.mark.filterwarnings(LEFT)
-@pytest.mark.parametrize(("name", "matrix"), [(name, matrix) for name, matrix, repr in GRID if repr == "kron_io"])
-def test_kron_io_by_reduction(name: str, matrix: str, spy: Spy) -> None:
+@pytest.mark.parametrize(("name", "matrix", "repr"), [cell for cell in GRID if cell.values[2] == "kron_io"])
+def test_kron_io_by_reduction(name: str, matrix: str, repr: str, spy: Spy) -> None:
     got = curve(ALL[name], matrix, KronIO(sharing="reduce")).to_dense()
     close(got, dense_cells.kron_io(ALL[name], matrix, spy.only(), sharing="reduce"))
 
 
 @pytest.mark.parametrize("normalisation", ["geometric", "trace"])
-@pytest.mark.parametrize(("name", "matrix"), [(name, matrix) for name, matrix, repr in GRID if repr == "kron_dim"])
-def test_kron_dim_is_the_product_of_the_factors(name: str, matrix: str, normalisation: Any, spy: Spy) -> None:
+@pytest.mark.parametrize(("name", "matrix", "repr"), [cell for cell in GRID if cell.values[2] == "kron_dim"])
+def test_kron_dim_is_the_product_of_the_factors(name: str, matrix: str, repr: str, normalisation: Any, spy: Spy) -> None:
     case = ALL[name]
     got = curve(case, matrix, KronDim(normalisation=normalisation))
     places, M = dense.positions(case.make()), got.to_dense()
@@ -221,7 +221,7 @@ def test_layers_that_fall_back_are_those_without_factors_and_say_why(name: str) 
     assert {parameter: repr for parameter, (repr, _) in noted.items()} == want
     tied = "its weight is tied between layers of different kinds"
     for parameter, (_, note) in noted.items():
-        assert note.startswith("kron_io: ") and (tied if parameter == "embedding.weight" else "no Kronecker factors") in note
+        assert note.startswith("fallback from kron_io: ") and (tied if parameter == "embedding.weight" else "no Kronecker factors") in note
 
 
 @pytest.mark.parametrize("name", ["transformer", "bn_train", "lstm"])

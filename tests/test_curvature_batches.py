@@ -172,7 +172,7 @@ def test_data_are_given_one_way() -> None:
 
 
 def test_an_output_that_is_no_tensor_is_refused() -> None:
-    with pytest.raises(precond.ObservationError, match=r"returns a tuple.*wrap it"):
+    with pytest.raises(precond.ObservationError, match=r"returns a tuple.*wrap the model"):
         precond.curvature(nn.LSTM(3, 2).double(), nn.CrossEntropyLoss(), normal(4, 2, 3), labels(2, 4, 2), matrix="ggn", repr="full")
 
 

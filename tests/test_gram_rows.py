@@ -216,3 +216,15 @@ def test_rows_are_n_times_as_many_numbers() -> None:
     sizes, preconditioner, model = step("full_low_rank")
     assert max(sizes) == N * sum(p.numel() for p in model.parameters())
     preconditioner.remove()
+
+
+@pytest.mark.parametrize("repr", [f"{scope}_{form}" for scope in FORMS for form in ("gram", "low_rank")])
+def test_smw_inverts_groups_and_transposed_layers(repr: str) -> None:
+    layers = nn.Conv2d(4, 6, 2, groups=2), nn.Tanh(), nn.ConvTranspose2d(6, 4, 2, groups=2, bias=False), nn.Flatten(), nn.Linear(36, 3)
+    model = nn.Sequential(*layers).double()
+    C = curve(model, repr, inputs=normal(3, 4, 3, 3), targets=labels(3, 3))
+    M = dense.ggn(model, CE, normal(3, 4, 3, 3), labels(3, 3))
+    M = {"full": M, "layer": dense.project_layer(M, model), "unit": dense.project_unit(M, model)}[repr.split("_")[0]]
+    close(C.to_dense(), M)
+    v = normal(len(M))
+    close(precond.inverse(C, solver="smw", damping=0.1) @ v, solve(M, 0.1, v))

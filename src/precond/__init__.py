@@ -19,6 +19,7 @@ from precond.errors import (
 )
 from precond.inversion import inverse
 from precond.preconditioner import Preconditioner
+from precond.spectra import spectrum
 from precond.standalone import curvature
 
 __version__ = "0.1.0"
@@ -26,5 +27,5 @@ __version__ = "0.1.0"
 __all__ = [
     "Auto", "Cell", "InvalidCombination", "NeedsTrajectory", "ObservationError", "PrecondError", "Preconditioner", "Recipe", "RefreshFailure",
     "SolverFailure", "UnknownName", "UsageError", "combinations", "curvature", "damping", "history", "inverse", "layers", "likelihoods",
-    "load_recipe", "matrices", "operators", "recipe", "recipes", "representations", "solvers", "transforms",
+    "load_recipe", "matrices", "operators", "recipe", "recipes", "representations", "solvers", "spectrum", "transforms",
 ]  # fmt: skip

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from precond.blockstate import BlockState
+from precond.damping import Damping
 from precond.plan import Plan
 
 
@@ -51,12 +54,16 @@ def describe(plan: Plan, states: Sequence[BlockState]) -> Description:
             if any(_batch_statistics(layer.module) for layer in p.block.layers.values()) and p.kind == "columns":
                 notes.append("training-mode batch statistics: columns include cross-example terms")
             rows[parameter.name] = Row(
-                parameter.name, parameter.shape, p.block.name, p.triple, str(state.damping or p.damping), "; ".join(notes), state.bytes_held() if i == 0 else 0
+                parameter.name, parameter.shape, p.block.name, p.triple, _shown(state.damping or p.damping), "; ".join(notes), state.bytes_held() if i == 0 else 0
             )
     for name, reason in plan.left.items():
         shape = plan.partition.unheld[name] if name in plan.partition.unheld else plan.partition.parameters[name].shape
         rows[name] = Row(name, shape, "-", "-", "-", reason, 0)
     return Description(tuple(rows[name] for name in (*plan.partition.parameters, *plan.partition.unheld)))
+
+
+def _shown(damping: Damping) -> str:
+    return str(replace(damping, value=float(damping.value)) if isinstance(damping.value, Tensor) else damping)
 
 
 def _batch_statistics(module: object) -> bool:

@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from precond.events import MESSAGES, Events
+
 COUNTERS = (
     "steps", "observations", "observations_dropped", "refreshes", "retries_float64", "retries_damping", "retries_cpu", "blocks_kept",
     "directions_zeroed", "solves_failed", "steps_skipped",
+    "steps_shortened", "steps_rejected",
 )  # fmt: skip
 
 
@@ -24,9 +27,12 @@ class Diagnostics(Mapping[str, int]):
     def __init__(self) -> None:
         self._numbers: Counter[str] = Counter()
         self._tensors: dict[str, Tensor] = {}
+        self.events = Events()
 
-    def count(self, name: str, number: int | Tensor = 1) -> None:
-        """Add to a counter; a 0-dim (bool) tensor is added on its device."""
+    def count(self, name: str, number: int | Tensor = 1, block: str | None = None) -> None:
+        """Add to a counter; a 0-dim (bool) tensor is added on its device. block: of which it may be told on the logging channel."""
+        if block is not None and name in MESSAGES:
+            self.events.tell(name, block, self._numbers["steps"], number)
         if isinstance(number, Tensor):
             old = self._tensors.get(name)
             number = number.to(torch.int64)

@@ -14,7 +14,7 @@ from precond.diagnostics import Diagnostics
 from precond.errors import SolverFailure
 from precond.observe import Tensors
 from precond.options import OnNonfinite
-from precond.transforms import Transform
+from precond.transforms import Scene, Transform
 
 
 def directions(
@@ -30,8 +30,9 @@ def directions(
     for transform, state in transforms:
         vectors = transform.before(vectors, state)
     found = {b.name: _apply(b, vectors[b.name], diagnostics) if started else vectors[b.name] for b in blocks if b.name in raw}
+    scene = Scene(raw, rates, started, {b.name: b.plan.block.tiling for b in blocks if b.plan.block.tiling is not None})
     for transform, state in transforms:
-        found = transform.after(vectors, found, rates, state, started)
+        found = transform.after(vectors, found, state, scene)
     return found, raw
 
 
@@ -48,7 +49,7 @@ def _apply(block: BlockState, vector: Tensor, diagnostics: Diagnostics) -> Tenso
     try:
         return block.apply(vector)
     except SolverFailure:  # a solve that broke down: this block does not move in this step
-        diagnostics.count("solves_failed")
+        diagnostics.count("solves_failed", block=block.name)
         return torch.zeros_like(vector)
 
 
@@ -61,11 +62,11 @@ def finite_only(
         bad = ", ".join(name for name, flag in flags.items() if not bool(flag))
         if on_nonfinite == "raise":
             raise FloatingPointError(f"the gradient or direction of {bad} is not finite at step {step}.")
-        diagnostics.count("steps_skipped")
+        diagnostics.count("steps_skipped", block=bad)
         return None
     out: Tensors = {}
     for b in blocks:
         if b.name in found:
-            diagnostics.count("directions_zeroed", ~flags[b.name])
+            diagnostics.count("directions_zeroed", ~flags[b.name], b.name)
             out.update(b.plan.block.scatter(numerics.where_valid(flags[b.name], found[b.name])))
     return out

@@ -21,6 +21,7 @@ class Tridiagonal(NamedTuple):
     off: Tensor
     rest: Tensor
 
+    @property
     def dense(self) -> Tensor:
         """T, (k, k)."""
         return torch.diag(self.diagonal) + torch.diag(self.off, 1) + torch.diag(self.off, -1)
@@ -70,7 +71,7 @@ def function_times_vector(product: Product, f: Callable[[Tensor], Tensor], vecto
     if not bool(size > 0):
         return torch.zeros_like(vector)
     found = tridiagonalise(product, vector, steps)
-    result: Tensor = size * (found.basis @ first_column(found.dense(), f))
+    result: Tensor = size * (found.basis @ first_column(found.dense, f))
     return result
 
 
@@ -90,5 +91,5 @@ def largest_eigenvalue(product: Product, start: Tensor, steps: int) -> Tensor:
     2.0
     """
     found = tridiagonalise(product, start, steps)
-    values, vectors = eigh(found.dense())
+    values, vectors = eigh(found.dense)
     return (values.abs() + found.rest * vectors[-1].abs()).amax()

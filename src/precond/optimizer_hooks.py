@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from precond.errors import UsageError
-from precond.observe import Handles
+from precond.observe import Again, Handles, number
+from precond.search import Update
 
 if TYPE_CHECKING:
     from precond.preconditioner import Preconditioner
@@ -22,6 +23,7 @@ class OptimizerHooks:
         self._preconditioner = preconditioner
         self._optimizer = weakref.ref(optimizer)
         self._rewritten = False
+        self._update: Update | None = None
         self._handles = Handles([optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)])
 
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -32,10 +34,12 @@ class OptimizerHooks:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Torch calls this before the closure, which refills p.grad: then the work is done inside the closure."""
-        self._rewritten = False
+        self._rewritten, self._update = False, None
         positional = len(args) > 1  # args[0] is the optimizer itself
         closure = args[1] if positional else kwargs.get("closure")
         if closure is None:
+            if (names := self._preconditioner.searches()) != "":
+                raise UsageError(f"{names} evaluates the loss again after the update: call optimizer.step(closure).")
             self._rewrite(optimizer)
             return None
         wrapped = self._wrap(optimizer, closure)
@@ -50,8 +54,12 @@ class OptimizerHooks:
                     f"{type(optimizer).__name__} evaluates its closure several times a step, so no gradient of it is the step's: use an "
                     "optimizer that takes one gradient a step, such as torch.optim.SGD."
                 )
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            again = Again(closure, self._preconditioner.model, params) if self._preconditioner.searches() else None
             with torch.enable_grad():
                 loss = closure()
+            if again is not None:
+                self._update = Update(number(loss), again, params)
             self._rewrite(optimizer)
             return loss
 
@@ -66,5 +74,8 @@ class OptimizerHooks:
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._rewritten:
+            self._preconditioner.hear()  # of the update as it was made, whatever stays of it
+            if self._update is not None:
+                self._preconditioner.decide(self._update)
             self._preconditioner.end_step()
-        self._rewritten = False
+        self._rewritten, self._update = False, None

@@ -26,6 +26,7 @@ from precond.options import BeforeStart, Interval, LossWeights, OnNonfinite, mak
 from precond.plan import Overrides, Triple
 from precond.progress import Progress
 from precond.representations import Representation
+from precond.search import Update
 from precond.session import Session
 from precond.solvers import Solver
 from precond.transforms import Transform
@@ -123,7 +124,7 @@ class Preconditioner:
             self._hooks = OptimizerHooks(self, optimizer) if optimizer is not None else None
             self._session = Session(
                 self.triple, self.options, self._progress, unwrap(model), Group(model), criteria,
-                held=self._held, rate=self._rate, amp_scale=(lambda: float(scaler.get_scale())) if scaler is not None else lambda: 1.0,
+                held=self._held, setting=self._setting, amp_scale=(lambda: float(scaler.get_scale())) if scaler is not None else lambda: 1.0,
                 blocks=self._blocks,
             )  # fmt: skip
             if not criteria and self._session.needs_criterion:
@@ -142,13 +143,13 @@ class Preconditioner:
         optimizer = self._hooks.optimizer() if self._hooks is not None else None
         return None if optimizer is None else frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
 
-    def _rate(self, parameter: nn.Parameter) -> float:
-        """The learning rate of the parameter's group; 1 where no optimizer is attached."""
+    def _setting(self, parameter: nn.Parameter, name: str, default: float) -> float:
+        """What the optimizer has for the parameter's group, such as "lr"; the default where it has none, or no optimizer is attached."""
         optimizer = self._hooks.optimizer() if self._hooks is not None else None
         for group in optimizer.param_groups if optimizer is not None else ():
             if any(p is parameter for p in group["params"]):
-                return float(group["lr"])
-        return 1.0
+                return float(group.get(name, default))
+        return default
 
     def remove(self) -> None:
         """Leave no hook behind; the statistics stay readable, and another `attach` goes on with them."""
@@ -186,6 +187,8 @@ class Preconditioner:
     def step(self) -> None:
         """Rewrite p.grad now. Called by the optimizer's `step` where one is attached, else by the loop."""
         session = self._attached()
+        if self.searches():
+            raise UsageError(f"{self.searches()} evaluates the loss again after the update: attach the optimizer and call optimizer.step(closure).")
         if not session.rewrite(scale=None):
             raise UsageError("no parameter has a gradient: call loss.backward() before step().")
         session.end_step()
@@ -193,6 +196,23 @@ class Preconditioner:
     def rewrite(self, scale: Tensor | None) -> bool:
         """`step` without its end, for the optimizer's hook; `scale`: AMP's, where a fused optimizer unscales inside its kernel."""
         return self._attached().rewrite(scale)
+
+    def hear(self) -> None:
+        """Tell what follows the loss what the optimizer's update did to it."""
+        self._attached().hear()
+
+    def searches(self) -> str:
+        """The names of the transforms that need a closure."""
+        return ", ".join(type(t).__name__ for t in self.options.transforms if t.searches)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that it is attached to, unwrapped."""
+        return self._attached().model
+
+    def decide(self, update: Update) -> None:
+        """How much of an update stays."""
+        update.decide(self.options.transforms, self._attached().group, self.diagnostics)
 
     def end_step(self) -> None:
         """Clear what belongs to the step, after the optimizer's update."""
@@ -208,6 +228,20 @@ class Preconditioner:
     def operators(self) -> dict[str, Operator]:
         """Block name -> the operator of the present statistics; matrix-free ones live only within a step."""
         return {b.name: b.operator() for b in self._known() if b.measured()}
+
+    def operator(self, block: str | None = None, *, damped: bool = False) -> Operator:
+        """The operator of a block, by name (needed where there are several); damped: as it was at the block's last refresh."""
+        found = {b.name: b for b in self._known()}
+        name = next(iter(found)) if block is None and len(found) == 1 else block
+        if name not in found:
+            raise UsageError(f"there is no block {name!r}: the blocks are {', '.join(map(repr, found)) or 'made by attach()'}.")
+        state = found[name]
+        if not state.measured():
+            raise UsageError(
+                f"block {name!r} holds no operator: nothing was observed yet, or it is matrix-free and lives within a step; of one batch, "
+                "precond.curvature(...) gives any."
+            )
+        return state.plan.solver.damped(state.operator(), state.damping or state.plan.damping.at()) if damped else state.operator()
 
     def _known(self) -> list[BlockState]:
         return self._blocks if self._session is None else self._session.blocks

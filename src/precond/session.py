@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from precond import numerics
+from precond import numerics, trust
 from precond.blocks import Block, Partition
 from precond.blockstate import BlockState
+from precond.damping import Damping
 from precond.directions import directions, finite_only
 from precond.distributed import Group
 from precond.errors import UsageError
@@ -19,6 +20,7 @@ from precond.observe import LossReader, Observer, SelfCheck, Tensors
 from precond.options import Options, check_history
 from precond.plan import Plan, Triple, make_plan
 from precond.progress import Progress
+from precond.trust import Origin, Outcome
 from precond.update import Assembly, Observations
 
 T = TypeVar("T")
@@ -29,28 +31,33 @@ _RUNGS = {"float64": "retries_float64", "damping": "retries_damping", "cpu": "re
 class Session:
     """One binding, from `attach` to `remove`.
 
-    held: the ids of the parameters that the optimizer updates, None where there is no optimizer. rate: the learning
-    rate of a parameter. amp_scale: what the loss was multiplied by, where a scaler was given. blocks: those of an earlier
-    binding, whose state goes on where they fit.
+    held: the ids of the parameters that the optimizer updates, None where there is no optimizer. setting: what the
+    optimizer has for a parameter, such as "lr", or a default. amp_scale: what the loss was multiplied by, where a scaler was
+    given. blocks: those of an earlier binding, whose state goes on where they fit.
     """
 
     def __init__(
         self, triple: Triple, options: Options, progress: Progress, model: nn.Module, group: Group,
-        criteria: Sequence[tuple[object, Likelihood | None]], held: Callable[[], frozenset[int] | None], rate: Callable[[nn.Parameter], float],
+        criteria: Sequence[tuple[object, Likelihood | None]], held: Callable[[], frozenset[int] | None], setting: Callable[[nn.Parameter, str, float], float],
         amp_scale: Callable[[], float], blocks: Sequence[BlockState],
     ) -> None:  # fmt: skip
         self.triple, self.options, self.progress = triple, options, progress
         self.model, self.group, self.criteria = model, group, criteria
-        self.held, self.rate, self.amp_scale = held, rate, amp_scale
+        self.held, self.setting, self.amp_scale = held, setting, amp_scale
         self.blocks = list(blocks)
+        progress.diagnostics.events.quiet = group.rank > 0
         self._written: list[tuple[int, int]] = []
         self._start: tuple[Tensors, Tensors] | None = None  # parameters and gradient before the update, where pairs are made after it
+        self._origin: Origin | None = None  # the same of all parameters, where a damping wants to hear what the update does
         self._check_slope = options.self_check
         self.plan = self._plan()
+        trust.check(self.plan)
         if held() is None and any(b.plan.repr.after for b in self.blocks):
             raise UsageError(
                 f"the matrix {triple.matrix.name!r} is made from pairs that are taken after the optimizer's update: attach(model, criterion, optimizer)."
             )
+        if held() is None and self._listens:
+            raise UsageError("a damping that follows the loss hears of every update of the optimizer: attach(model, criterion, optimizer).")
         self.observer = self._observe_with(self.plan)
 
     # -- planning ------------------------------------------------------------------------------------------------
@@ -58,7 +65,11 @@ class Session:
     @property
     def needs_criterion(self) -> bool:
         """Whether any block is made of the criterion's calls."""
-        return any(p.matrix.needs_criterion for p in self.plan.blocks)
+        return self._listens or any(p.matrix.needs_criterion for p in self.plan.blocks)
+
+    @property
+    def _listens(self) -> bool:
+        return any(p.damping.model for p in self.plan.blocks)
 
     def due(self) -> bool:
         """Whether this step observes."""
@@ -73,7 +84,7 @@ class Session:
             check_history(self.options.history, block_plan.repr)
             fresh, old = BlockState(block_plan, self.options.history), kept.get(block_plan.block.name)
             if old is not None and _coordinates(old.plan.block) == _coordinates(block_plan.block) and old.plan.triple == block_plan.triple:
-                fresh.statistics, fresh.state, fresh.failures = old.statistics, old.state, old.failures
+                fresh.statistics, fresh.state, fresh.failures, fresh.level = old.statistics, old.state, old.failures, old.level
             self.blocks.append(fresh)
         return plan
 
@@ -87,8 +98,9 @@ class Session:
         observer = Observer(
             self.model, layers, plan.demands, due=self.due, step=lambda: self.progress.step, seed=lambda: self.progress.seed,
             params=list(plan.partition.tensors.values()), rank=self.group.rank, rows=self._rows(), selfcheck=check, renew=self.renew,
+            followed=list(plan.partition.tensors) if any(b.damping.model for b in plan.blocks) else (),
         )  # fmt: skip
-        if any(p.matrix.needs_criterion for p in plan.blocks):
+        if any(p.matrix.needs_criterion for p in plan.blocks) or any(b.damping.model for b in plan.blocks):
             observer.watch_model()
             for criterion, likelihood in self.criteria:
                 if isinstance(criterion, LossReader):
@@ -164,6 +176,8 @@ class Session:
         if any(b.plan.repr.after for b in self.blocks):
             slope = assembly.slope(pairs, self._check_slope) if pairs else {}
             self._start, self._check_slope = ({n: p.detach().clone() for n, p in pairs.items()}, slope), False
+        if self._started and any(b.plan.damping.asks(b.level) for b in self.blocks):
+            self._origin, self._check_slope = Origin.of(assembly, self._check_slope), False
 
     def _assembly(self) -> Assembly:
         return Assembly(self.plan, self.observer, self.group, self.options.loss_weights, self.amp_scale())
@@ -176,18 +190,27 @@ class Session:
     def _merge(self, assembly: Assembly, observations: Observations, blocks: Sequence[BlockState], stages: str) -> None:
         """Measure and merge stage by stage, then refresh what was measured."""
         for stage in dict.fromkeys(s for b in blocks for s in getattr(b.plan.repr, stages)):
-            for flag in assembly.merge(blocks, observations, stage):
-                self.progress.diagnostics.count("observations_dropped", ~flag)
+            for name, flag in assembly.merge(blocks, observations, stage).items():
+                self.progress.diagnostics.count("observations_dropped", ~flag, name)
         if self.options.solver.due(self.progress.step) or any(b.state is None for b in blocks):
             self._refresh(blocks)
 
     def _refresh(self, blocks: Sequence[BlockState]) -> None:
         for block in blocks:
-            rung = block.refresh(_FAILURE_LIMIT)
+            rung = block.refresh(_FAILURE_LIMIT, self._damping(block))
             if rung is not None and rung != "kept":
                 self.progress.diagnostics.count("refreshes")
             if rung in _RUNGS:
-                self.progress.diagnostics.count(_RUNGS[rung])
+                self.progress.diagnostics.count(_RUNGS[rung], block=block.name)
+        self.progress.diagnostics.events.flush()
+
+    def _damping(self, block: BlockState) -> Damping:
+        parameter = self.plan.partition.tensors[block.plan.block.names[0]]
+        return block.plan.damping.at(self.progress.step, self.setting(parameter, "weight_decay", 0.0), block.level)
+
+    @property
+    def _started(self) -> bool:
+        return self.progress.step >= self.options.start_step
 
     def _directions(self, gradients: Tensors) -> Tensors | None:
         options, progress = self.options, self.progress
@@ -195,7 +218,7 @@ class Session:
             return None
         transforms = list(zip(options.transforms, progress.transforms, strict=True))
         tensors = self.plan.partition.tensors
-        rates = {b.name: self.rate(tensors[b.plan.block.names[0]]) for b in self.blocks} if transforms else {}
+        rates = {b.name: self.setting(tensors[b.plan.block.names[0]], "lr", 1.0) for b in self.blocks} if transforms else {}
         found, raw = directions(self.blocks, gradients, transforms, rates, progress.step >= options.start_step, progress.diagnostics)
         return finite_only(self.blocks, found, raw, options.on_nonfinite, progress.step, progress.diagnostics)
 
@@ -205,6 +228,18 @@ class Session:
                 p.grad = None
             elif name in found and p.grad is not None:
                 p.grad.copy_(found[name] if scale is None else found[name] * scale)
+
+    @torch.no_grad()
+    def hear(self) -> None:
+        """Tell the dampings that follow the loss what the optimizer's update did to it."""
+        origin, self._origin = self._origin, None
+        if not (self._listens and self._started and self.due()):
+            return
+        with numerics.full_precision(next(iter(self.plan.partition.tensors.values())).device.type):
+            outcome = None if origin is None else Outcome(self._assembly(), self.blocks, origin)
+            for block in self.blocks:
+                asked = block.plan.damping.asks(block.level)
+                block.level = block.plan.damping.after_step(block.level, outcome.move(asked) if outcome is not None and asked else None)
 
     def end_step(self) -> None:
         """Observe the update where that is asked for, and clear what belongs to the step."""

@@ -169,7 +169,7 @@ class Assembly:
         return before, after
 
     def product(self, matrix: Any, number: int, params: Mapping[str, Tensor], elsewhere: bool = False) -> Product:
-        """v -> C v, in the block of `params`; number: what keys its draws. elsewhere: at leaves that stand in the place of the parameters."""
+        """The map v -> C v, in the block of `params`; number: what keys its draws. elsewhere: at leaves in the place of the parameters."""
 
         def curvature(part: CriterionCall) -> Any:
             if matrix.second_order:
@@ -202,11 +202,11 @@ class Assembly:
             return weight / (self.amp_scale * self.group.size)
         return weight / self.group.sum([weight])[0]
 
-    def merge(self, blocks: Sequence[BlockState], observations: Observations, stage: str) -> list[Tensor]:
-        """Measure one stage of every block, sum over ranks by kind, and merge; returns a valid flag for each block."""
+    def merge(self, blocks: Sequence[BlockState], observations: Observations, stage: str) -> dict[str, Tensor]:
+        """Measure one stage of every block, sum over ranks by kind, and merge; returns a valid flag for each block, by name."""
         chosen = [b for b in blocks if stage in (*b.plan.repr.stages, *b.plan.repr.after) and _observed(b, observations[b.plan.demand])]
         if not chosen:
-            return []
+            return {}
         with numerics.full_precision(_device(chosen[0]).type):
             for block in chosen:
                 block.prepare(stage)
@@ -216,7 +216,7 @@ class Assembly:
         for i, (block, flag) in enumerate(zip(chosen, valid, strict=True)):
             block.merge(measured[i], flag)
             measured[i] = {}  # freed block by block: a second set of statistics is never held
-        return valid
+        return {block.name: flag for block, flag in zip(chosen, valid, strict=True)}
 
     def _reduce(
         self, blocks: Sequence[BlockState], observations: Observations, measured: list[dict[str, Any]], flags: list[Tensor]

@@ -1,6 +1,6 @@
 """Damping: an object maps an operator to a damped operator, whose dense matrix is what a solver must invert."""
 
-from precond.damping.base import SMALLEST, Amount, Damping, Move, ValueSchedule
+from precond.damping.base import BLOCK, SMALLEST, Amount, Damping, Move, ValueSchedule
 from precond.damping.blockwise import Blockwise
 from precond.damping.factored import Factored
 from precond.damping.floor import Floor
@@ -11,6 +11,6 @@ from precond.damping.relative import Relative
 from precond.damping.tikhonov import Tikhonov, resolve
 
 __all__ = [
-    "SMALLEST", "Amount", "Blockwise", "Damping", "Factored", "Floor", "LevenbergMarquardt", "Move", "Outside", "PerFactor", "Relative", "Tikhonov",
+    "BLOCK", "SMALLEST", "Amount", "Blockwise", "Damping", "Factored", "Floor", "LevenbergMarquardt", "Move", "Outside", "PerFactor", "Relative", "Tikhonov",
     "ValueSchedule", "resolve",
 ]  # fmt: skip

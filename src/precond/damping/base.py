@@ -30,6 +30,9 @@ class ValueSchedule(Protocol):
 
 Amount = float | Tensor | ValueSchedule
 
+BLOCK = "block"
+"""The quadratic model whose matrix is what the blocks hold."""
+
 
 @dataclass(frozen=True)
 class Move:
@@ -128,13 +131,16 @@ class Damping(ABC):
         return replace(self, value=self.amount * factor)
 
     @property
-    def listens(self) -> bool:
-        """Whether it wants to hear what the optimizer's update did to the loss."""
-        return False
+    def model(self) -> str | None:
+        """The quadratic model of the loss that it compares with what the optimizer's update did: `BLOCK`, or the name of a matrix.
 
-    def due(self, state: Mapping[str, Any]) -> bool:
-        """Of a rule that listens: whether it wants to hear of the present step, the first observed one after those in its state."""
-        return False
+        None where it does not follow the loss.
+        """
+        return None
+
+    def asks(self, state: Mapping[str, Any]) -> str | None:
+        """The model, where it wants to hear of the present step, the first observed one after those in its state."""
+        return self.model
 
     def after_step(self, state: State, move: Move | None) -> State:
         """The new state after an observed step; `move` is None where the rule did not ask for it."""

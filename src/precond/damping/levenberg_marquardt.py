@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from precond.damping.base import Damping, Move, State
+from precond.damping.base import BLOCK, Damping, Move, State
 from precond.damping.formed import Formed
 from precond.operators import Operator
 
@@ -46,7 +46,7 @@ class LevenbergMarquardt(Formed):
     upper: float = 0.75
     every: int = 1
     include_damping: bool = False
-    curvature: str = "block"
+    curvature: str = BLOCK
     smallest: float = 1e-12
     largest: float = 1e12
 
@@ -72,11 +72,11 @@ class LevenbergMarquardt(Formed):
         return cls(value, factor=0.95**interval, every=interval, include_damping=True, curvature="fisher")
 
     @property
-    def listens(self) -> bool:
-        return True
+    def model(self) -> str | None:
+        return self.curvature
 
-    def due(self, state: Mapping[str, Any]) -> bool:
-        return (int(state.get("steps", 0)) + 1) % self.every == 0
+    def asks(self, state: Mapping[str, Any]) -> str | None:
+        return self.curvature if (int(state.get("steps", 0)) + 1) % self.every == 0 else None
 
     def at(self, step: int = 0, decay: float = 0.0, state: Mapping[str, Any] | None = None) -> Damping:
         value = (state or {}).get("value", self._first(step))
@@ -93,9 +93,7 @@ class LevenbergMarquardt(Formed):
         if move is None:
             return state | {"steps": steps}
         old = state.get("value", self._first(0))
-        old = torch.as_tensor(
-            old, dtype=torch.float64, device=move.before.device
-        )
+        old = torch.as_tensor(old, dtype=torch.float64, device=move.before.device)
         rho = self.ratio(move, old)
         good, bad = rho > self.upper, ~(rho >= self.lower)
         new = torch.where(good, old * self.factor, torch.where(bad, old / self.factor, old)).clamp(self.smallest, self.largest)

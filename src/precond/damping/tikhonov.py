@@ -43,5 +43,5 @@ def resolve(value: Amount | Damping, natural: type[Damping]) -> Damping:
     if isinstance(value, Damping):
         return value.resolved(natural)
     if isinstance(value, bool) or not (isinstance(value, (int, float, torch.Tensor)) or callable(value)):
-        raise TypeError(f"damping is a number, a function of the step or an object of precond.damping, not a {type(value).__name__}.")
+        raise TypeError(f"damping is a number or an object of precond.damping, or a function of the step, not a {type(value).__name__}.")
     return natural(value)

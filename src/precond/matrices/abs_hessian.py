@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from precond.matrices.base import REGISTRY, Matrix
-from precond.operators import Absolute, Dense, Diagonal, Operator
+from precond.operators import Absolute, BlockDiagonal, Dense, Diagonal, Operator, Pairs
 
 
 @REGISTRY.register("abs_hessian")
@@ -43,4 +43,8 @@ class AbsHessian(Matrix):
         if isinstance(operator, Dense):
             values, vectors = torch.linalg.eigh(operator.matrix)
             return Dense((vectors * values.abs().unsqueeze(-2)) @ vectors.mT)
+        if isinstance(operator, BlockDiagonal):
+            return operator.with_blocks({name: self.finish(block) for name, block in operator.blocks.items()})
+        if isinstance(operator, Pairs):  # what is fitted to pairs of H is |H|
+            return operator
         return Absolute(operator, self.steps)

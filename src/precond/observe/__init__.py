@@ -1,5 +1,6 @@
 """Hooks and automatic differentiation: the only package that touches either."""
 
+from precond.observe.again import Again, number
 from precond.observe.assemble import TermWeights, chained, columns, factors, product, reduced, sampled_gradient, term_weights
 from precond.observe.batch import differentiate_batch
 from precond.observe.chain import Link, why_no_chain
@@ -38,9 +39,10 @@ from precond.observe.truth import true_columns
 from precond.randomness import keyed_generator
 
 __all__ = [
-    "SHARED", "Columns", "Context", "CriterionCall", "Demand", "Distribution", "Factors", "Forward", "Gradient", "Handles", "Hook", "Kind", "LayerColumns",
-    "Link", "LossReader", "Moved", "Observation", "Observer", "OwnLoss", "Pair", "Part", "Probes", "Product", "Reduce", "Reduced", "SelfCheck", "Slope", "Tensors",
-    "TermWeights", "batched_grad", "busy", "by_layer", "canonical", "chained", "check_slope", "columns", "differentiate_batch", "drawing_again", "factors",
-    "field_of", "keyed_generator", "losses", "moved_columns", "moved_slope", "nested_columns", "own_pass", "probes", "product", "reduced", "sampled_gradient",
-    "slope", "tensors_in", "term_weights", "true_columns", "weight", "whitening", "why_no_chain",
+    "SHARED", "Again", "Columns", "Context", "CriterionCall", "Demand", "Distribution", "Factors", "Forward", "Gradient", "Handles",
+    "Hook", "Kind", "LayerColumns", "Link", "LossReader", "Moved", "Observation", "Observer", "OwnLoss", "Pair", "Part", "Probes",
+    "Product", "Reduce", "Reduced", "SelfCheck", "Slope", "Tensors", "TermWeights", "batched_grad", "busy", "by_layer", "canonical",
+    "chained", "check_slope", "columns", "differentiate_batch", "drawing_again", "factors", "field_of", "keyed_generator", "losses",
+    "moved_columns", "moved_slope", "nested_columns", "number", "own_pass", "probes", "product", "reduced", "sampled_gradient", "slope",
+    "tensors_in", "term_weights", "true_columns", "weight", "whitening", "why_no_chain",
 ]  # fmt: skip

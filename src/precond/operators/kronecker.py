@@ -78,7 +78,7 @@ class Kronecker(Operator):
         """The same operator with exponent 1: the factors are raised to it, the scale stays."""
         return self if self.exponent == 1 else self._raised
 
-    def _scaled(self, X: Tensor) -> Tensor:
+    def scaled(self, X: Tensor) -> Tensor:
         """Times the scale: X (b * m, ...)."""
         if isinstance(self.scale, Tensor) and self.scale.dim():
             return (X.reshape(len(self.scale), -1) * self.scale.to(X.dtype).unsqueeze(1)).reshape(X.shape)
@@ -90,17 +90,17 @@ class Kronecker(Operator):
             plain = isinstance(F, (Dense, Diagonal))
             waiting.append(_stack(F) if plain else None)
             X = X if plain else mode_product(F._matmul, X, mode + 1)
-        return self._scaled(mode_products(waiting, X).reshape(self.n, -1))
+        return self.scaled(mode_products(waiting, X).reshape(self.n, -1))
 
     def to_dense(self) -> Tensor:
         # torch.kron refuses some strides, such as those that LAPACK leaves
         stacks = [torch.diag_embed(F.values) if isinstance(F, Diagonal) else F.matrix for F in map(matrices, self.materialise().factors)]
         groups = zip(*(F.reshape(-1, *F.shape[-2:]).contiguous() for F in stacks), strict=True)
         product: Tensor = torch.block_diag(*(reduce(torch.kron, group) for group in groups))
-        return self._scaled(product)
+        return self.scaled(product)
 
     def diagonal(self) -> Tensor:
-        return self._scaled(outer([F.block_diagonals().reshape(-1, F.size) for F in self.materialise().factors]).reshape(-1))
+        return self.scaled(outer([F.block_diagonals().reshape(-1, F.size) for F in self.materialise().factors]).reshape(-1))
 
     def trace(self) -> Tensor:
         traces = [F.block_diagonals().sum(-1) for F in self.materialise().factors]
@@ -111,7 +111,7 @@ class Kronecker(Operator):
         """The spectrum scale * prod d_m^e in the joint eigenbasis; one eigendecomposition a factor that is not diagonal."""
         parts = [matrices(F).spectral() for F in self.factors]
         values = [p.spectrum if self.exponent == 1 else p.spectrum.clamp(min=0).pow(self.exponent) for p in parts]
-        return KroneckerEigen([p.bases[0] for p in parts], self._scaled(outer(values)))
+        return KroneckerEigen([p.bases[0] for p in parts], self.scaled(outer(values)))
 
     def _colour(self, Z: Tensor) -> Tensor:
         # (F_1 (x) F_2)^(1/2) = F_1^(1/2) (x) F_2^(1/2)

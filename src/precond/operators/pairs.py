@@ -78,6 +78,7 @@ class Pairs(Operator):
 
     It has no product and no matrix; asking for one raises `InvalidCombination`. It is packed and cast like any operator.
 
+    >>> import torch
     >>> pairs = Pairs(torch.ones(3), 2 * torch.ones(3), "diagonal")
     >>> pairs.shape, pairs.structure.name
     (torch.Size([3, 3]), 'diagonal')

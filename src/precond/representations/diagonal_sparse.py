@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond.blocks import Block
 from precond.errors import InvalidCombination
-from precond.observe import Kind, Observation
+from precond.observe import Kind
 from precond.operators import Diagonal as DiagonalOperator
 from precond.operators import Operator
 from precond.representations.base import REGISTRY, Representation, Statistics
@@ -52,11 +52,13 @@ class DiagonalSparse(Diagonal):
         (parameter,) = block.parameters
         given = (self.mask or {}).get(parameter.name)
         if given is not None and tuple(given.shape) != parameter.shape:
-            raise InvalidCombination(f"the mask of {parameter.name!r} has the shape {tuple(given.shape)}, and the parameter {parameter.shape}: give it that.")
+            raise InvalidCombination(
+                f"the mask of {parameter.name!r} has the shape {tuple(given.shape)}, and the parameter {parameter.shape}: give it that."
+            )
         return {**super().statistics(block), "kept": Stat("state")}
 
-    def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
-        return super().measure(stage, observation, block, statistics) | {"kept": self._kept(block)}
+    def prepare(self, stage: str, statistics: Statistics, averages: Callable[[], Statistics], block: Block) -> Statistics:
+        return statistics | {"kept": self._kept(block)}
 
     def _kept(self, block: Block) -> Tensor:
         parameter = block.parameters[0]

@@ -73,7 +73,11 @@ class Dimensions:
     def remark(self, shape: Sequence[int]) -> str | None:
         """What is not plain from the tensor's shape, in words."""
         tiling, forms = self.tiling(shape), self.forms(shape)
-        left = [f"the factor of dimension {m} ({n}) {form}" for m, (n, form) in enumerate(zip(tiling.shape, forms, strict=True)) if form != "dense"]
+        left = [
+            f"the factor of dimension {m} ({n}) {form}"
+            for m, (n, form) in enumerate(zip(tiling.shape, forms, strict=True))
+            if form != "dense"
+        ]
         said = [f"({', '.join(map(str, shape))}) as {tiling}" if tiling.shape != tuple(shape) else str(tiling)]
         return ", ".join((said if tiling.shape != tuple(shape) or tiling.cut else []) + left) or None
 

@@ -73,9 +73,13 @@ def input_sums(rows: Sequence[InputRows], dtype: torch.dtype) -> tuple[Tensor, T
         for h in hot:
             counts.index_add_(0, h.index.reshape(-1), h.mask.reshape(-1).to(dtype))
         return counts, counts.sum()
-    given = [_with_mask(r) for r in rows if not isinstance(r, OneHot)]
-    number = torch.stack([mask.sum((1, 2)) for _, mask in given]).sum(0)
-    return second_moment([a for a, _ in given]), number[:, None, None] if len(number) > 1 else number[0]
+    return second_moment([r.a if isinstance(r, Ragged) else r for r in rows if not isinstance(r, OneHot)]), count(rows)
+
+
+def count(rows: Sequence[InputRows]) -> Tensor:
+    """The number of rows that are not one-hot, (G, 1, 1) where there are groups."""
+    number = torch.stack([_with_mask(r)[1].sum((1, 2)) for r in rows if not isinstance(r, OneHot)]).sum(0)
+    return number[:, None, None] if len(number) > 1 else number[0]
 
 
 def second_moment(rows: Sequence[Tensor]) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from precond.representations.base import REGISTRY, Representation, Statistics, r
 from precond.representations.fitted import PROBES, over_probes
 from precond.representations.inputs import InputRows, averaged, few_examples, input_rows, input_sums, is_shared, second_moment
 from precond.representations.kron_secant import KronSecant
+from precond.representations.kron_structure import KronStructured, Structure
 from precond.representations.outputs import output_moment
 from precond.statistics import Form, Stat
 
@@ -35,30 +36,57 @@ class KronIO(Representation):
     grouped convolution has one pair a group. packed="split": the three projections of an `nn.MultiheadAttention` have a pair each;
     "joint": they have one A and a B of three times the size, where query, key and value are one tensor.
 
+    input, output: the structure in which A and B are held. "dense"; "diagonal"; "block": blocks on the diagonal, as few of at most
+    `block_size` as there can be, as equal as they can be; "identity": I, and nothing is kept (output="identity": FOOF); "rank_one": m m^T of
+    the mean row m, which is averaged in its place, for B times the weight of all rows, 1 for a mean loss and one position (both: Eva);
+    "rows": the rows themselves, at most in' or out of them, for the 'smw' solver (both: SKFAC). Of one-hot inputs "block" and "rows" are
+    diagonal, as all of A is.
+
     Memory in'^2 + out^2; cost N R (in'^2 + K out^2). Sources: Martens & Grosse 2015; Grosse & Martens 2016;
-    Eschenhagen et al., "Kronecker-factored approximate curvature for modern neural network architectures", 2023.
+    Eschenhagen et al., "Kronecker-factored approximate curvature for modern neural network architectures", 2023; Benzing 2022 (FOOF); Zhang,
+    Shi & Li 2023 (Eva); Tang et al. 2021 (SKFAC).
 
     >>> KronIO(sharing="reduce").sharing
     'reduce'
     """
 
     scope = "matrix"
-    requests = ("columns", "factors", "layer_secant")
     structure = Kronecker
-    followed = PROBES
     fit = "kronecker"
 
     sharing: Literal["expand", "reduce"] = "expand"
     packed: Literal["split", "joint"] = "split"
+    input: Structure = "dense"
+    output: Structure = "dense"
+    block_size: int = 30
 
     def __post_init__(self) -> None:
         if self.packed not in ("split", "joint"):
             raise ValueError(f"KronIO(packed={self.packed!r}): choose 'split' or 'joint'.")
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f"KronIO(sharing={self.sharing!r}): choose 'expand' or 'reduce'.")
+        for name, structure in (("input", self.input), ("output", self.output)):
+            if structure not in get_args(Structure):
+                raise ValueError(f"KronIO({name}={structure!r}): choose one of {', '.join(map(repr, get_args(Structure)))}.")
+        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(f"KronIO(block_size={self.block_size!r}): it is a length, 1 or more.")
+
+    @property
+    def _plain(self) -> bool:
+        return self.input == self.output == "dense"
+
+    @property
+    def requests(self) -> tuple[Kind, ...]:  # type: ignore[override]
+        return ("columns", "factors", "layer_secant") if self._plain else ("columns", "factors")
+
+    @property
+    def followed(self) -> tuple[Kind, ...]:  # type: ignore[override]
+        return PROBES if self._plain else ()
 
     def over(self, kind: Kind) -> Representation:
-        return KronSecant(host=self) if kind == "layer_secant" else over_probes(self, kind)
+        if kind == "layer_secant":
+            return KronSecant(host=self)
+        return over_probes(self, kind) if self._plain else KronStructured(host=self)
 
     def fits(self, block: Block) -> tuple[Fit, ...]:
         kept = self._absent(block)
@@ -107,20 +135,32 @@ class KronIO(Representation):
 
     def _sums(self, part: Part, block: Block) -> Statistics:
         """The sum of a a^T, the number of its rows, and the sum of g g^T over the calls of one part; what is new of them."""
-        grads = [layer.rule.outputs(seen) for layer, seen in block.calls(part)]
+        grads = self.output_rows(part, block)
         if not grads:
             return {}
-        if self._joins(block):
-            grads = [g.movedim(1, 3).flatten(3).unsqueeze(1) for g in grads]
         moments = self._moments(part, block, grads[0].dtype) if part.first else None
-        if self.sharing == "reduce":
-            grads = [torch.stack([g.sum(3) for g in grads]).sum(0).unsqueeze(3)]
         outputs = {"B": second_moment([g.transpose(0, 1).flatten(1, 2) for g in grads])}
         return outputs if moments is None else {"A": moments[0], "rows": moments[1], **outputs}
 
+    def output_rows(self, part: Part, block: Block) -> list[Tensor]:
+        """The rows of B of every call, (K, G, N, R, out)."""
+        grads = [layer.rule.outputs(seen) for layer, seen in block.calls(part)]
+        if self._joins(block):
+            grads = [g.movedim(1, 3).flatten(3).unsqueeze(1) for g in grads]
+        if self.sharing == "reduce" and grads:
+            grads = [torch.stack([g.sum(3) for g in grads]).sum(0).unsqueeze(3)]
+        return grads
+
     def _moments(self, part: Part, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """(sum of a a^T, the number of its rows), from few examples at a time."""
+        """(sum of a a^T, the number of its rows)."""
         total: tuple[Tensor, Tensor] | None = None
+        for inputs in self.input_rows(part, block):
+            found = input_sums(inputs, dtype)
+            total = found if total is None else (total[0].add_(found[0]), total[1] + found[1])
+        return total
+
+    def input_rows(self, part: Part, block: Block) -> Iterator[list[InputRows]]:
+        """The rows of A of every call, of few examples at a time."""
         if self.sharing == "reduce":
             for layer, seen in block.calls(part):
                 layer.rule.check(seen)
@@ -130,21 +170,22 @@ class KronIO(Representation):
                 continue
             if self._joins(block):
                 inputs = [_one_input(a, block) for a in inputs]
-            if self.sharing == "reduce":  # first averaged over positions
-                inputs = averaged(inputs)
-            found = input_sums(inputs, dtype)
-            total = found if total is None else (total[0].add_(found[0]), total[1] + found[1])
-        return total
+            yield averaged(inputs) if self.sharing == "reduce" else inputs  # first averaged over positions
 
     def _joins(self, block: Block) -> bool:
         return self.packed == "joint" and _owner_rule(block).packed
+
+    def groups(self, block: Block) -> int:
+        """How many pairs of factors a block has."""
+        layer = next(iter(block.layers.values()))
+        return 1 if self._joins(block) else layer.rule.groups(layer.module)
 
     def _absent(self, block: Block) -> dict[str, Tensor]:
         """Zero factors, for a layer that nothing came back to in this step."""
         layer = next(iter(block.layers.values()))
         assert block.rows is not None
         rows, width = block.shape
-        groups = 1 if self._joins(block) else layer.rule.groups(layer.module)
+        groups = self.groups(block)
         lead, number = ((groups,), (groups, 1, 1)) if groups > 1 else ((), ())
         left, right = (*lead, rows // groups, rows // groups), (*lead, width, width)
         if layer.rule.one_hot:

@@ -61,7 +61,9 @@ def layout(pattern: Pattern, form: Form, width: int, block: Block) -> Layout:
     else:
         pairs, size = _given_pairs(pattern)
         if size > block.n or (_is_mask(pattern) and size != block.n):
-            raise ValueError(f"the pattern is one of {size} coordinates or more, and there are {block.n}: give a mask ({block.n}, {block.n}) or pairs below.")
+            raise ValueError(
+                f"the pattern is one of {size} coordinates or more, and there are {block.n}: give a mask ({block.n}, {block.n}) or pairs below."
+            )
         return _masked(pairs, block.n)
     if form == "precision":
         return _cliques(parents)
@@ -97,13 +99,17 @@ def _table(graph: Pattern) -> Tensor:
     """A user's graph as parents (n, k)."""
     if isinstance(graph, Tensor):
         if graph.dim() != 2 or graph.is_floating_point() or graph.dtype == torch.bool:
-            raise ValueError(f"form='precision' takes parents (n, k) of integers, absent ones -1, not {graph.dtype} of shape {tuple(graph.shape)}.")
+            raise ValueError(
+                f"form='precision' takes parents (n, k) of integers, absent ones -1, not {graph.dtype} of shape {tuple(graph.shape)}."
+            )
         table = graph.long().cpu()
     else:
         k = max((len(parents) for parents in graph), default=0)
         table = torch.tensor([[*parents, *[NONE] * (k - len(parents))] for parents in graph], dtype=torch.long).reshape(len(graph), k)
     if table.numel() and (int(table.min()) < NONE or int(table.max()) >= len(table)):
-        raise ValueError(f"a graph of {len(table)} coordinates has parents 0 to {len(table) - 1}, not {int(table.min())} to {int(table.max())}.")
+        raise ValueError(
+            f"a graph of {len(table)} coordinates has parents 0 to {len(table) - 1}, not {int(table.min())} to {int(table.max())}."
+        )
     ordered = table.sort(1).values
     if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NONE)).any()):
         raise ValueError("a graph has each parent of a coordinate once: remove the repeated ones.")
@@ -125,14 +131,20 @@ def _is_mask(pattern: Pattern) -> bool:
 def _given_pairs(pattern: Pattern) -> tuple[Tensor, int]:
     """(pairs (2, m), the number of coordinates that they need) of a user's mask or pairs."""
     if not isinstance(pattern, Tensor) or pattern.dim() != 2 or pattern.is_floating_point():
-        raise ValueError("form='masked' takes a boolean mask (n, n) or pairs of indices (2, m), as a tensor; a graph of parents needs form='precision'.")
+        raise ValueError(
+            "form='masked' takes a boolean mask (n, n) or pairs of indices (2, m), as a tensor; a graph of parents needs form='precision'."
+        )
     pattern = pattern.cpu()
     if _is_mask(pattern):
         if pattern.shape[0] != pattern.shape[1] or not torch.equal(pattern, pattern.T):
-            raise ValueError(f"a mask is a symmetric matrix of booleans, and this one of shape {tuple(pattern.shape)} is not: use mask | mask.T.")
+            raise ValueError(
+                f"a mask is a symmetric matrix of booleans, and this one of shape {tuple(pattern.shape)} is not: use mask | mask.T."
+            )
         return pattern.nonzero().T, len(pattern)
     if pattern.shape[0] != 2 or (pattern.numel() and int(pattern.min()) < 0):
-        raise ValueError(f"pairs of indices are two rows of row and column numbers from 0, (2, m), not a tensor of shape {tuple(pattern.shape)}.")
+        raise ValueError(
+            f"pairs of indices are two rows of row and column numbers from 0, (2, m), not a tensor of shape {tuple(pattern.shape)}."
+        )
     return pattern.long(), int(pattern.max()) + 1 if pattern.numel() else 0
 
 

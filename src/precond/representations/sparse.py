@@ -76,7 +76,9 @@ class SparseForm(Representation):
             try:
                 self._layouts[key] = layout(self.chosen(block), self.form, self.width, block).to(device)
             except ValueError as error:
-                raise InvalidCombination(f"representation {self.name!r} cannot hold block {block.name!r} of {block.n} coordinates: {error}") from error
+                raise InvalidCombination(
+                    f"representation {self.name!r} cannot hold block {block.name!r} of {block.n} coordinates: {error}"
+                ) from error
         return self._layouts[key]
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:

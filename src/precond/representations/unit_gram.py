@@ -76,17 +76,10 @@ class UnitGram(GramForm):
         if a.shape[1] > 1:
             g = g.expand(-1, columns, -1, -1, -1)
         first, second = outermost(a).permute(2, 0, 1, 3), outermost(g).permute(2, 3, 0, 1)  # (G, n or N, R, in'), (G, out, n, R)
-        return [
-            (first.unsqueeze(1).flatten(0, 1) if len(first) == 1 else _each(first, second.shape[1]), second.flatten(0, 1).unsqueeze(-1))
-        ]
+        return [(first.unsqueeze(1), second.unsqueeze(-1))]
 
     def bytes_held(self, block: Block, itemsize: int) -> int:
         return sum(block.shape) * itemsize
-
-
-def _each(a: Tensor, units: int) -> Tensor:
-    """Inputs by group (G, ...) for each unit of the group, (G units, ...)."""
-    return a.unsqueeze(1).expand(-1, units, *a.shape[1:]).flatten(0, 1)
 
 
 def _outer(block: Block) -> Rule | None:

@@ -15,6 +15,8 @@ from precond.solvers.neumann import Neumann
 from precond.solvers.newton_schulz import NewtonSchulz
 from precond.solvers.preconditioners import Jacobi
 from precond.solvers.qr_iteration import QRIteration
+from precond.solvers.psgd import PSGD
+from precond.solvers.riemannian import Riemannian
 from precond.solvers.smw import SMW
 from precond.solvers.sparse_cholesky import SparseCholesky
 
@@ -24,6 +26,6 @@ register = REGISTRY.register
 create = REGISTRY.create
 
 __all__ = [
-    "BFGS", "CG", "LU", "REGISTRY", "SMW", "Cholesky", "Eigen", "Elementwise", "HeavyBall", "Jacobi", "Krylov", "Neumann", "NewtonSchulz",
-    "QRIteration", "Solver", "State", "create", "get", "names", "register",
+    "BFGS", "CG", "LU", "PSGD", "REGISTRY", "SMW", "Cholesky", "Eigen", "Elementwise", "HeavyBall", "Jacobi", "Krylov", "Neumann", "NewtonSchulz",
+    "QRIteration", "Riemannian", "Solver", "SparseCholesky", "State", "create", "get", "names", "register",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from precond.damping import Damping, Factored, Tikhonov
 from precond.errors import SolverFailure
-from precond.operators import Dense, Diagonal, Kronecker, Operator, Probed, Secant, SecantKronecker, SecantMemory, Shifted, pack, unpack
+from precond.operators import Dense, Diagonal, FitName, Kronecker, Operator, Pairs, Probed, Secant, SecantKronecker, SecantMemory, Shifted, pack, unpack
 from precond.secant import PairRule
 from precond.solvers.base import REGISTRY, Solver, State
 
@@ -28,6 +28,9 @@ class BFGS(Solver):
     Of the last m pairs (L-BFGS) nothing is carried over: H is their exact inverse in compact form, damped like any other matrix, m^2 n a refresh
     and 4 m n an application; without damping it is what the two-loop recursion applies.
 
+    Of any matrix that has products it is given pairs (v, C v): H starts from I, or `initial` times it, scaled by the first pair where none
+    is given, and follows them undamped, dense or entry by entry; pairs of negative curvature are passed over.
+
     Sources: Broyden, Fletcher, Goldfarb and Shanno, 1970; Liu & Nocedal, 1989; Goldfarb, Ren & Bahamou (K-BFGS), 2020.
 
     Raises:
@@ -40,7 +43,9 @@ class BFGS(Solver):
     tensor([0.2500, 0.5000])
     """
 
-    accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Secant, SecantKronecker, SecantMemory})
+    accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Secant, SecantKronecker, SecantMemory, Pairs})
+    follows: ClassVar[tuple[str, ...]] = ("secant", "layer_secant", "successive", "pairs")
+    fits: ClassVar[frozenset[FitName]] = frozenset({"dense", "diagonal"})
     needs_definite: ClassVar[bool] = True
 
     initial: float | None = None
@@ -55,6 +60,8 @@ class BFGS(Solver):
     def _refresh(self, state: State, operator: Operator, damping: Damping) -> State:
         damped = self.damped(operator, damping)
         memory, shift = (damped.operator, damped.shift) if isinstance(damped, Shifted) else (damped, 0.0)
+        if isinstance(memory, Pairs):
+            return self._follow(state, memory, shift)
         if isinstance(memory, SecantMemory):
             return {"inverse": pack(memory.inverse(shift))}
         if isinstance(damped, Shifted) and isinstance(damped.operator, Dense):
@@ -68,6 +75,24 @@ class BFGS(Solver):
             self.refuse(damped, "its damping is not factor-wise; use Factored damping")
         old = state.get("factors", {})
         return {"factors": {str(m): self._factor(old.get(str(m)), F) for m, F in enumerate(factors)}, "scale": 1 / scale}
+
+    def _follow(self, state: State, pairs: Pairs, shift: float | Tensor) -> State:
+        """The inverse after pairs (v, C v), one after another."""
+        fit = pairs.structure
+        if fit.name not in self.fits:
+            self.refuse(pairs, f"it fits a dense or a diagonal structure to pairs, not a {fit.name} one")
+        ends = (fit.batch, fit.n // fit.batch) if fit.name == "dense" else (fit.n, 1)
+        s, y = pairs.v.view(-1, *ends), (pairs.h + shift * pairs.v).view(-1, *ends)
+        if "factors" in state:
+            H, counted = state["factors"]["0"]["inverse"].to(s), state["factors"]["0"]["pairs"]
+        else:
+            H = (self.initial or 1.0) * torch.eye(ends[1], dtype=s.dtype, device=s.device).expand(*ends, ends[1]).clone()
+            counted = _none(s[0])
+        rule = PairRule(powell=0.0, scale_initial=self.initial is None)  # a product has no noise that would have to be damped
+        for step, change in zip(s, y, strict=True):
+            H, counts = rule.inverse(H, step, change, counted == 0)
+            counted = counted + counts
+        return {"factors": {"0": {"inverse": H, "pairs": counted}}, "scale": 1.0}
 
     def _factor(self, old: State | None, F: Operator) -> State:
         """The inverse of one factor, moved by its pair where there is an old one."""

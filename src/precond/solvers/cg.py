@@ -74,7 +74,9 @@ class CG(ProductSolver):
         if (self.negative_curvature == "boundary") != (self.radius is not None and self.radius > 0):
             raise ValueError("negative_curvature='boundary' needs a radius above 0, and only it has one.")
         if self.radius is not None and (self.warm_start or self.preconditioner is not None):
-            raise ValueError("negative_curvature='boundary' starts from zero without a preconditioner: else |x| need not grow along the way.")
+            raise ValueError(
+                "negative_curvature='boundary' starts from zero without a preconditioner: else |x| need not grow along the way."
+            )
 
     def _refresh(self, state: State, operator: Operator, damping: Damping) -> State:
         new = {"x": state["x"]} if self.warm_start and "x" in state else {}

@@ -69,7 +69,9 @@ class HeavyBall(ProductSolver):
         if X is None or X.shape != V.shape:
             X = torch.zeros_like(V)
         if self.rho is not None and self.beta is not None:
-            for _ in range(self.iterations):  # the damped operator holds the (1 - rho) / beta: rho x + beta (b - C x) = x + beta (b - damped x)
+            for _ in range(
+                self.iterations
+            ):  # the damped operator holds the (1 - rho) / beta: rho x + beta (b - C x) = x + beta (b - damped x)
                 X = X + self.beta * (V - damped @ X)
             return X, state | {"x": X}
         CX = damped @ X
@@ -82,7 +84,7 @@ class HeavyBall(ProductSolver):
 
 
 def _best(B: Tensor, X: Tensor, CX: Tensor, R: Tensor, CR: Tensor) -> tuple[Tensor, Tensor]:
-    """beta and rho of each column; rho is 0 where x and r are parallel, and both keep x where there is no residual.
+    """Beta and rho of each column; rho is 0 where x and r are parallel, and both keep x where there is no residual.
 
     The 2 x 2 system is solved for the step from x, whose right-hand side is (r^T r, x^T r): at convergence that is a difference of nothing.
     """

@@ -12,6 +12,9 @@ Coefficients = tuple[float, float, float]
 MUON: Coefficients = (3.4445, -4.7750, 2.0315)
 """a, b, c of the odd quintic that sends every singular value from about 1e-3 to 1 close to 1 in five steps (Jordan et al. 2024)."""
 
+QUADRATIC = 1e-2
+"""Below this distance from the identity an iteration that does not halve it has met rounding."""
+
 
 def coupled_newton(A: Tensor, root: int, iterations: int, tolerance: float) -> tuple[Tensor, int]:
     """A^(-1/root) of definite `A` (..., n, n), and the iterations: X <- X T, M <- T^root M with T = ((root + 1) I - M) / root.
@@ -27,7 +30,7 @@ def coupled_newton(A: Tensor, root: int, iterations: int, tolerance: float) -> t
     X, M = z ** (1 / root) * eye, z * A
     error, before = _distance(M, eye), float("inf")
     for done in range(iterations):  # noqa: B007  # the count is returned
-        if error <= tolerance or not error < float("inf") or (error < 0.5 and error > before / 2):
+        if error <= tolerance or not error < float("inf") or (error < QUADRATIC and error > before / 2):
             break
         T = ((root + 1) * eye - M) / root
         X, M = symmetrise(X @ T), symmetrise(torch.linalg.matrix_power(T, root) @ M)
@@ -44,12 +47,12 @@ def newton_inverse(A: Tensor, X: Tensor, iterations: int, tolerance: float) -> t
     """
     A, eye = symmetrise(A), _identity(A)
     before = 1.0
-    for done in range(iterations + 1):  # noqa: B007
+    for done in range(iterations + 1):
         R = eye - A @ X
         error = float(torch.linalg.matrix_norm(R).amax())
         if done == 0 and not error < 0.5:
             return None
-        if error <= tolerance * A.shape[-1] ** 0.5 or error > before / 2 or done == iterations:
+        if error <= tolerance * A.shape[-1] ** 0.5 or (error < QUADRATIC and error > before / 2) or done == iterations:
             break
         X, before = symmetrise(X + X @ R), error
     return X, done

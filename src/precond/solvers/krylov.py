@@ -72,7 +72,9 @@ class Krylov(ProductSolver):
         if self.method not in get_args(Method) or self.spectrum not in ("keep", "abs"):
             raise ValueError(f"method is 'lanczos' or 'minres' and spectrum 'keep' or 'abs', not {self.method!r} and {self.spectrum!r}.")
         if self.method == "minres" and (self.power != 1 or self.spectrum != "keep" or self.previous_direction):
-            raise ValueError("method='minres' solves a linear system: power 1, spectrum='keep', no previous_direction; or choose 'lanczos'.")
+            raise ValueError(
+                "method='minres' solves a linear system: power 1, spectrum='keep', no previous_direction; or choose 'lanczos'."
+            )
 
     def damped(self, operator: Operator, damping: Damping) -> Operator:
         if self.spectrum == "abs" and not isinstance(operator, Absolute):
@@ -105,7 +107,7 @@ class Krylov(ProductSolver):
             C, coefficients = damped, _least_residual
         else:
             C, f = _inside(damped, self.power)
-            coefficients = lambda found: first_column(found.dense(), f)  # noqa: E731  # the counterpart of _least_residual
+            coefficients = lambda found: first_column(found.dense, f)  # noqa: E731  # the counterpart of _least_residual
         done = None if self.tolerance == 0 else lambda found: self._converged(found, coefficients(found))
         found = tridiagonalise(C.__matmul__, b, self.steps, done)
         if previous is None:
@@ -121,24 +123,23 @@ class Krylov(ProductSolver):
 
 def _inside(damped: Operator, power: float) -> tuple[Operator, Function]:
     """C and f with damped^-power = f(C); C is below any shift and absolute value."""
-    shift: float | Tensor = 0.0
-    if isinstance(damped, Shifted):
-        damped, shift = damped.operator, damped.shift
-    if isinstance(damped, Absolute):
-        return damped.operator, lambda t: (t.abs() + shift).pow(-power)
-    return damped, lambda t: (t + shift).pow(-power)
+    inner, shift = (damped.operator, damped.shift) if isinstance(damped, Shifted) else (damped, 0.0)
+    if isinstance(inner, Absolute):
+        return inner.operator, lambda t: (t.abs() + shift).pow(-power)
+    return inner, lambda t: (t + shift).pow(-power)
 
 
 def _extended(found: Tridiagonal) -> Tensor:
     """(k + 1, k): T, and below it the part of C V that leaves the space."""
-    T = found.dense()
+    T = found.dense
     last = torch.zeros_like(T[:1])
     last[0, -1] = found.rest
     return torch.cat([T, last])
 
 
 def _least_residual(found: Tridiagonal) -> Tensor:
-    return torch.linalg.pinv(_extended(found))[:, 0]
+    y: Tensor = torch.linalg.pinv(_extended(found))[:, 0]
+    return y
 
 
 def _residual(found: Tridiagonal, y: Tensor) -> Tensor:
@@ -153,8 +154,8 @@ def _widened(C: Operator, found: Tridiagonal, extra: Tensor) -> tuple[Tensor, Te
     for _ in range(2):
         q = q - V @ (V.T @ q)
     if not bool(q.norm() > 1e3 * torch.finfo(q.dtype).eps * extra.norm()):
-        return V, found.dense()
+        return V, found.dense
     q = q / q.norm()
     image = C @ q
     coupling, corner = (V.T @ image).unsqueeze(1), (q @ image).reshape(1, 1)
-    return torch.cat([V, q.unsqueeze(1)], 1), torch.cat([torch.cat([found.dense(), coupling], 1), torch.cat([coupling.T, corner], 1)])
+    return torch.cat([V, q.unsqueeze(1)], 1), torch.cat([torch.cat([found.dense, coupling], 1), torch.cat([coupling.T, corner], 1)])

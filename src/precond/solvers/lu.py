@@ -11,7 +11,9 @@ from torch import Tensor
 from precond.damping import Damping
 from precond.errors import SolverFailure
 from precond.numerics import eigh, symmetrise
-from precond.operators import Dense, Kronecker, Operator, Shifted
+from precond.operators import Dense, Diagonal, Kronecker, Operator, Shifted
+from precond.operators.base import number
+from precond.operators.kronecker import matrices
 from precond.solvers.base import REGISTRY, State
 from precond.solvers.factors import FactorSolver
 
@@ -54,7 +56,9 @@ class LU(FactorSolver):
     def _factorise(self, A: Tensor) -> State:
         A = symmetrise(A)
         if self.spectrum == "raise" and bool((torch.linalg.cholesky_ex(A).info != 0).any()):
-            raise SolverFailure(f"the lu solver found a matrix of shape {tuple(A.shape)} indefinite, and was told to raise: increase the damping.")
+            raise SolverFailure(
+                f"the lu solver found a matrix of shape {tuple(A.shape)} indefinite, and was told to raise: increase the damping."
+            )
         factor, pivots, _ = torch.linalg.lu_factor_ex(A)
         self._check(factor.diagonal(dim1=-2, dim2=-1).abs(), A.abs().amax((-2, -1))[..., None], A.shape)
         return {"factor": factor, "pivots": pivots}
@@ -74,8 +78,9 @@ def _absolute(operator: Operator) -> Operator:
     if isinstance(operator, Dense):
         d, U = eigh(operator.matrix)
         return Dense((U * d.abs().unsqueeze(-2)) @ U.mT)
+    if isinstance(operator, Diagonal):
+        return Diagonal(operator.values.abs())
     if isinstance(operator, Kronecker):
         operator = operator.materialise()
-        factors = [_absolute(F) if isinstance(F, Dense) else type(F)(F.values.abs()) for F in operator.factors]
-        return Kronecker(*factors, scale=abs(operator.scale))  # type: ignore[arg-type]  # of a Dense it is a Dense
+        return Kronecker(*(_absolute(matrices(F)) for F in operator.factors), scale=number(operator.scale, operator).abs())
     return operator

@@ -80,7 +80,9 @@ class Neumann(ProductSolver):
         start = torch.randn(damped.n, generator=torch.Generator().manual_seed(0)).to(damped.device, damped.dtype)
         largest = float(largest_eigenvalue(damped.__matmul__, start, self.power_iterations))
         if not 0 < largest < float("inf"):
-            raise SolverFailure(f"the neumann solver found an operator of shape {tuple(damped.shape)} zero or not finite: increase the damping.")
+            raise SolverFailure(
+                f"the neumann solver found an operator of shape {tuple(damped.shape)} zero or not finite: increase the damping."
+            )
         return 1 / (MARGIN * largest)
 
     def _apply(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:

@@ -11,6 +11,7 @@ from precond.damping import Damping, Factored, Tikhonov
 from precond.errors import InvalidCombination, SolverFailure
 from precond.operators import Dense, Diagonal, Kronecker, Operator, Shifted, pack, unpack
 from precond.operators.base import number
+from precond.operators.kronecker import matrices
 from precond.solvers.base import REGISTRY, Solver, State
 from precond.solvers.inverse_roots import MUON, Coefficients, coupled_newton, newton_inverse, quintic
 
@@ -33,7 +34,7 @@ class NewtonSchulz(Solver):
     Args:
         power: 1/q.
         max_iterations: of the Newton iteration, which fails beyond.
-        tolerance: of |M - I|, the largest entry; the error of the result is about its square.
+        tolerance: of the largest entry of M - I = A X^q - I: the relative error of the result is about this over q.
         coefficients: (a, b, c), "muon" for the published ones, None for the Newton iteration.
         steps: of the polynomial.
 
@@ -79,19 +80,21 @@ class NewtonSchulz(Solver):
         if isinstance(damped, Shifted) and isinstance(damped.operator, Dense):
             damped = damped.operator.plus(damped.shift)
         if not isinstance(damped, (Dense, Kronecker)):
-            self.refuse(damped, "its damping is not factor-wise; use Factored damping, or the 'eigen' solver, which adds it exactly")
-        factors = (damped,) if isinstance(damped, Dense) else damped.factors
+            self.refuse(
+                damped, "use Tikhonov damping of a dense, Factored damping of a Kronecker operator, or the 'eigen' solver, which takes any"
+            )
+        factors = (damped,) if isinstance(damped, Dense) else tuple(map(matrices, damped.factors))
         root = self._root(1.0 if isinstance(damped, Dense) else damped.exponent)
         old: Roots = state.get("roots", {})
-        done = [self._factor(F, root, old.get(str(m))) for m, F in enumerate(factors)]
+        done = [self._factor(matrices(F), root, old.get(str(m))) for m, F in enumerate(factors)]
         found = [F for F, _ in done]
         roots = {str(m): F.matrix for m, F in enumerate(found) if isinstance(F, Dense)} if root == 1 else {}
         if isinstance(damped, Dense):
             inverse: Operator = found[0]
         else:
             scale = number(damped.scale, damped).pow(-self.power)
-            if not bool(scale.isfinite()):
-                self._fail("a scale of", float(damped.scale))
+            if not bool(scale.isfinite().all()):
+                self._fail("a scale of", damped.scale)
             inverse = Kronecker(*found, scale=scale)
         return {"inverse": pack(inverse), "roots": roots, "iterations": max(k for _, k in done)}
 
@@ -121,7 +124,9 @@ class NewtonSchulz(Solver):
         return Dense(X), iterations
 
     def _fail(self, what: str, value: object) -> NoReturn:
-        raise SolverFailure(f"the newton_schulz solver found {what} {value} not positive and finite: increase the damping, which must be positive.")
+        raise SolverFailure(
+            f"the newton_schulz solver found {what} {value} not positive and finite: increase the damping, which must be positive."
+        )
 
     def _apply(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:
         return unpack(state["inverse"]) @ V, state

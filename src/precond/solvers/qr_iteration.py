@@ -10,6 +10,7 @@ from torch import Tensor
 from precond.damping import Damping
 from precond.numerics import eigh, round_off
 from precond.operators import Dense, Diagonal, Kronecker, KroneckerEigen, Operator, RootShifted, Shifted, Spectral, outer
+from precond.operators.kronecker import matrices
 from precond.orthogonal import follow
 from precond.solvers.base import REGISTRY, State
 from precond.solvers.spectral import SpectralSolver
@@ -72,12 +73,12 @@ class QRIteration(SpectralSolver):
             inner = self._decompose(operator.operator, old, bases, taken)
             return type(operator).from_fields(operator.fields() | {"operator": inner}).spectral()
         assert isinstance(operator, (Dense, Kronecker))
-        factors = (operator,) if isinstance(operator, Dense) else operator.factors
-        parts = [self._factor(str(m), F, old, bases, taken) for m, F in enumerate(factors)]
+        factors = (operator,) if isinstance(operator, Dense) else tuple(map(matrices, operator.factors))
+        parts = [self._factor(str(m), matrices(F), old, bases, taken) for m, F in enumerate(factors)]
         if isinstance(operator, Dense):
             return KroneckerEigen([parts[0][0]], parts[0][1])
         values = [d if operator.exponent == 1 else d.clamp(min=0).pow(operator.exponent) for _, d in parts]
-        return KroneckerEigen([Q for Q, _ in parts], operator.scale * outer(values))
+        return KroneckerEigen([Q for Q, _ in parts], operator.scaled(outer(values)))
 
     def _factor(self, name: str, F: Dense | Diagonal, old: Bases, bases: Bases, taken: list[int]) -> tuple[Tensor | None, Tensor]:
         if isinstance(F, Diagonal):

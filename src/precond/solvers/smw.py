@@ -109,8 +109,10 @@ class SMW(Solver):
         factors = {}
         for m, F in enumerate(damped.factors):
             rows = F.operator if isinstance(F, Shifted) else F
-            by_rows = isinstance(rows, RowForm)
-            factors[str(m)] = self._by_rows(rows, F, partial(_widen, F)) if by_rows else {"inverse": pack(Cholesky().inverse(F))}
+            if isinstance(rows, RowForm):
+                factors[str(m)] = self._by_rows(rows, F, partial(_widen, F))
+            else:
+                factors[str(m)] = {"inverse": pack(Cholesky().inverse(F))}
         scale = number(damped.scale, damped).reciprocal()
         if not bool(scale.isfinite().all()):
             self._fail(damped)
