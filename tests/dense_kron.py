@@ -179,10 +179,10 @@ def kron_dim_product(gradients: Tensor, forms: list[str], *, trace: bool = False
     factors = kron_dim(gradients, scale)
     total, kept = torch.trace(factors[0]), sum(form != "identity" for form in forms)
     result = torch.ones(1, 1, dtype=gradients.dtype)
-    for F, form in zip(factors, forms, strict=True):
-        made = {"dense": F, "diagonal": F.diagonal().diag(), "identity": torch.eye(len(F), dtype=F.dtype)}[form]
+    for factor, form in zip(factors, forms, strict=True):
+        made = restricted(factor, form, [])
         if form == "identity":
-            result = torch.kron(result, made / (len(F) if trace else 1))
+            result = torch.kron(result, made / (len(factor) if trace else 1))
         else:
             result = torch.kron(result, made if trace else power(made, 1 / kept))
     return result / total ** (kept - 1) if trace and total > 0 else result

@@ -15,6 +15,7 @@ from torch import Tensor
 import dense_secant
 from precond.inversion import inverse
 from precond.operators import (
+    Absolute,
     BlockDiagonal,
     Dense,
     Diagonal,
@@ -341,6 +342,12 @@ def matrix_free(seed: int) -> Specimen:
     return MatrixFree(lambda v: A @ v, len(A), torch.float64, "cpu"), A.clone()
 
 
+def absolute(seed: int) -> Specimen:
+    X = draw(sizes(seed, 1)[0], 3, seed=seed)
+    A = X @ torch.diag(torch.tensor([1.0, -1, 2], dtype=X.dtype)) @ X.T + 0.3 * torch.eye(len(X), dtype=X.dtype)
+    return Absolute(Dense(A)), function(A, torch.abs)
+
+
 def live_shifted(seed: int) -> Specimen:
     C, M = matrix_free(seed)
     return Shifted(C, torch.tensor(0.5, dtype=torch.float64)), M + 0.5 * eye(C.n)
@@ -406,6 +413,7 @@ def inverse_blocks(seed: int) -> Specimen:
 
 
 SPECIMENS: dict[type[Operator], tuple[Maker, ...]] = {
+    Absolute: (absolute,),
     BlockDiagonal: (blocks, consecutive),
     Dense: (dense, dense_stack),
     Diagonal: (diagonal, diagonal_stack),

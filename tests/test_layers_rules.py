@@ -4,7 +4,8 @@
   that is not imported. A gradient that is missing or has a wrong shape is refused by name. A subclass with a `forward` of its own, or
   parameters beside weight and bias, goes through the generic rule.
 - Attention reads its masks, boolean or numbers, by head or not, with and without the causal hint, as torch does, also for keys that it adds.
-- Dropout of attention weights draws the mask of the pass again. Refused by name: a mask that cannot be, embeddings that are silently wrong, inputs without a batch.
+- Dropout of attention weights draws the mask of the pass again. Refused by name: a mask that cannot be, embeddings that are
+  silently wrong, inputs without a batch.
 - A weight that is made from other tensors leaves no trace: no buffer, mode or attribute of the module is different afterwards, in training
   mode either.
 - A fallback is taken block by block: what a representation hosts of a module it keeps, and strict refuses the rest.

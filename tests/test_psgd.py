@@ -271,7 +271,8 @@ def test_factors_are_balanced_now_and_then_and_their_product_is_as_it_was() -> N
 
 def test_options_and_operators_are_checked() -> None:
     for options, message in (
-        ({"update": "QE"}, "choose 'EQ'"), ({"normaliser": "max"}, "'largest'"), ({"step": 2.0}, r"\(0, 1\]"), ({"decay": 1.0}, r"\[0, 1\)"), ({"initial": -1.0}, "positive"),
+        ({"update": "QE"}, "choose 'EQ'"), ({"normaliser": "max"}, "'largest'"), 
+        ({"step": 2.0}, r"\(0, 1\]"), ({"decay": 1.0}, r"\[0, 1\)"), ({"initial": -1.0}, "positive"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             PSGD(**options)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ def test_ikfac_is_k_fac_in_the_limit_of_small_steps() -> None:
         kfac = Cholesky().apply(Cholesky().init(Kronecker(B, A), PerFactor(0.1)), eye(6))[0]
         distances.append(float((whole(solver, state, 6) - kfac).norm() / kfac.norm()))
     assert distances[0] < 0.05
-    for coarse, fine in zip(distances, distances[1:], strict=False):
+    for coarse, fine in itertools.pairwise(distances):
         assert 1.6 < coarse / fine < 2.4
 
 
@@ -132,7 +133,8 @@ def test_diagonal_and_block_groups_are_exact_on_factors_of_their_form() -> None:
             assert_close(whole(Riemannian(), other, 4), torch.linalg.inv(definite(4) + 0.3 * eye(4)), rtol=1e-3, atol=1e-3)
     vector = settle(Riemannian(method="ikfac", step=0.5), Kronecker(definite(2).diagonal(), definite(3)), PerFactor(0.3), 80)
     assert vector["factors"]["0"]["K"].shape == (1, 2)  # a diagonal factor has a diagonal root
-    assert_close(whole(Riemannian(), vector, 6), dense_psgd.kron([(1 / (definite(2).diagonal() + 0.3)).diag(), torch.linalg.inv(definite(3) + 0.3 * eye(3))]), **EXACT)
+    inverses = [(1 / (definite(2).diagonal() + 0.3)).diag(), torch.linalg.inv(definite(3) + 0.3 * eye(3))]
+    assert_close(whole(Riemannian(), vector, 6), dense_psgd.kron(inverses), **EXACT)
 
 
 def test_ingd_rests_where_its_equations_hold() -> None:
@@ -150,7 +152,10 @@ def test_ingd_without_damping_rests_at_the_exact_inverse_of_any_number_of_factor
     for C in (
         Kronecker(definite(2, seed=1), definite(3), scale=1.5),
         Kronecker(definite(2, seed=1), definite(2, seed=2).diagonal(), definite(2, seed=3)),
-        Kronecker(torch.stack([definite(2, seed=s) for s in (1, 2)]), torch.stack([definite(2, seed=s) for s in (3, 4)]), scale=torch.tensor([1.0, 0.7]).double()),
+        Kronecker(
+            torch.stack([definite(2, seed=s) for s in (1, 2)]), torch.stack([definite(2, seed=s) for s in (3, 4)]),
+            scale=torch.tensor([1.0, 0.7]).double(),
+        ),
         Dense(definite(3)),
         Diagonal(definite(3).diagonal()),
     ):  # fmt: skip
@@ -189,7 +194,8 @@ def test_the_state_goes_on_bit_by_bit_after_a_round_trip() -> None:
 
 def test_options_and_damping_are_checked() -> None:
     for options, message in (
-        ({"method": "ngd"}, "choose 'ingd'"), ({"group": "banded"}, "choose one of"), ({"group": ()}, "choose one of"), ({"step": 3.0}, "step lies"), ({"momentum": 1.0}, "momentum"),
+        ({"method": "ngd"}, "choose 'ingd'"), ({"group": "banded"}, "choose one of"), ({"group": ()}, "choose one of"),
+        ({"step": 3.0}, "step lies"), ({"momentum": 1.0}, "momentum"),
         ({"initial": 0.0}, "positive"), ({"block": 0}, "positive"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -198,7 +198,7 @@ def closing(losses: list[float] | None = None, set_to_none: bool = True) -> Any:
             loss = criterion(model(x), y)
             loss.backward()
             if losses is not None:
-                losses.append(float(loss))
+                losses.append(loss.item())
             return loss
 
         optimizer.step(closure)
@@ -232,7 +232,8 @@ def _place(model: nn.Module, value: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("rule", "lr"),
-    [(Backtrack(), 40.0), (Backtrack(1e-2, 0.8, 60), 40.0), (Backtrack(0.9, 0.5, 2), 40.0), (Backtrack(), 0.1), (Reject(), 40.0), (Reject(0.5), 20.0), (Reject(), 0.1)],
+    [(Backtrack(), 40.0), (Backtrack(1e-2, 0.8, 60), 40.0), (Backtrack(0.9, 0.5, 2), 40.0), (Backtrack(), 0.1),
+     (Reject(), 40.0), (Reject(0.5), 20.0), (Reject(), 0.1)],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -251,7 +252,7 @@ def test_a_search_keeps_what_its_definition_says(rule: Any, lr: float, set_to_no
 
 def test_a_step_that_rises_is_taken_back_to_the_last_bit() -> None:
     preconditioner = make(transforms=[Reject()])
-    model = fit(preconditioner, closing(), steps=1, optimizer=lambda m: sgd(m, -1.0))  # uphill
+    model = fit(preconditioner, closing(), steps=1, optimizer=stock(SGD, maximize=True))  # uphill
     assert torch.equal(theta(model), theta(net()))
     assert preconditioner.diagnostics["steps_rejected"] == 1 and preconditioner.diagnostics["steps"] == 1
 

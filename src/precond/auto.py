@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from precond import cells
 from precond.blocks import Partition
-from precond.damping import Damping
+from precond.damping import Amount, Damping
 from precond.errors import InvalidCombination
 from precond.matrices import Matrix
 from precond.representations import REGISTRY as REPRESENTATIONS
@@ -53,7 +53,7 @@ class Auto:
         if not self.candidates:
             raise ValueError("Auto(candidates=()): name at least one representation.")
 
-    def most_faithful(self, matrix: Matrix, solver: Solver, damping: float | Damping) -> Representation:
+    def most_faithful(self, matrix: Matrix, solver: Solver, damping: Amount | Damping) -> Representation:
         """The first candidate that the matrix and the solver have a cell with; raises where there is none."""
         made = [REPRESENTATIONS.create(name) for name in self.candidates]
         found = next((r for r in made if _works(matrix, r, solver, damping)), None)
@@ -112,7 +112,7 @@ def _option(triple: Triple, representation: Representation) -> Triple | None:
     return None
 
 
-def _works(matrix: Matrix, representation: Representation, solver: Solver, damping: float | Damping) -> bool:
+def _works(matrix: Matrix, representation: Representation, solver: Solver, damping: Amount | Damping) -> bool:
     if cells.why_not(matrix, representation, solver) is not None:
         return False
     kind = cells.resolve_kind(matrix, representation, solver)

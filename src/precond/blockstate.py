@@ -61,7 +61,10 @@ class BlockState:
         self.statistics = self.history.merge(self.statistics, new, self.spec, valid)
 
     def refresh(self, limit: int, damping: Damping | None = None) -> str | None:
-        """Climb the ladder, with the damping of this step; returns the rung that held, "kept" for the last good state, or None where there is nothing to refresh from."""
+        """Climb the ladder with the damping of this step; returns the rung that held.
+
+        "kept" stands for the last good state, None for nothing to refresh from.
+        """
         if not self.measured():
             return None
         self.statistics = self.plan.repr.rebase(self.statistics)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from precond.damping import Damping, resolve
+from precond.damping import Amount, Damping, resolve
 from precond.errors import InvalidCombination, SolverFailure
 from precond.matrices import REGISTRY as MATRICES
 from precond.matrices import Matrix
@@ -111,7 +111,7 @@ def specimen(structure: type[Operator]) -> Operator:
     return made[structure]
 
 
-def why_not_damping(structure: type[Operator], solver: Solver, damping: float | Damping) -> str | None:
+def why_not_damping(structure: type[Operator], solver: Solver, damping: Amount | Damping) -> str | None:
     """The reason the solver cannot invert operators of a structure with this damping, or None."""
     operator = specimen(structure)
     try:
@@ -149,7 +149,7 @@ def _nearby(matrix: Matrix, representation: Representation, solver: Solver) -> I
     yield from ((matrix, r, s) for r in representations for s in solvers)
 
 
-def check(matrix: Matrix, representation: Representation, solver: Solver, damping: float | Damping) -> Kind:
+def check(matrix: Matrix, representation: Representation, solver: Solver, damping: Amount | Damping) -> Kind:
     """The kind of observation of a valid cell; raises `InvalidCombination` with the reason and the nearest valid choice."""
     reason = why_not(matrix, representation, solver)
     if reason is not None:

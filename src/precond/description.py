@@ -54,8 +54,9 @@ def describe(plan: Plan, states: Sequence[BlockState]) -> Description:
             if any(_batch_statistics(layer.module) for layer in p.block.layers.values()) and p.kind == "columns":
                 notes.append("training-mode batch statistics: columns include cross-example terms")
             rows[parameter.name] = Row(
-                parameter.name, parameter.shape, p.block.name, p.triple, _shown(state.damping or p.damping), "; ".join(notes), state.bytes_held() if i == 0 else 0
-            )
+                parameter.name, parameter.shape, p.block.name, p.triple, _shown(state.damping or p.damping), "; ".join(notes),
+                state.bytes_held() if i == 0 else 0,
+            )  # fmt: skip
     for name, reason in plan.left.items():
         shape = plan.partition.unheld[name] if name in plan.partition.unheld else plan.partition.parameters[name].shape
         rows[name] = Row(name, shape, "-", "-", "-", reason, 0)

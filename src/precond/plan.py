@@ -14,7 +14,7 @@ from torch import nn
 from precond import cells
 from precond.auto import Auto
 from precond.blocks import Block, Partition
-from precond.damping import Damping, resolve
+from precond.damping import Amount, Damping, resolve
 from precond.errors import InvalidCombination, ObservationError, UsageError
 from precond.layers import GENERIC
 from precond.matrices import REGISTRY as MATRICES
@@ -37,11 +37,11 @@ class Triple:
     matrix: Matrix
     repr: Representation
     solver: Solver
-    damping: float | Damping
+    damping: Amount | Damping
     auto: Auto | None = None
 
     @classmethod
-    def make(cls, matrix: Any, repr: Any, solver: Any, damping: float | Damping) -> Triple:
+    def make(cls, matrix: Any, repr: Any, solver: Any, damping: Amount | Damping) -> Triple:
         """From names or instances."""
         made, solved = MATRICES.create(matrix), SOLVERS.create(solver)
         auto = Auto() if repr == "auto" else repr if isinstance(repr, Auto) else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from precond import likelihoods, saving
 from precond.auto import Auto
 from precond.blockstate import BlockState
-from precond.damping import Damping
+from precond.damping import Amount, Damping
 from precond.description import Description, describe
 from precond.diagnostics import Diagnostics
 from precond.distributed import Group, unwrap
@@ -74,7 +74,7 @@ class Preconditioner:
 
     def __init__(
         self, *, matrix: str | Matrix | type[Matrix], repr: str | Representation | type[Representation] | Auto,
-        solver: str | Solver | type[Solver], damping: float | Damping = 1e-3, transforms: Sequence[Transform] | None = None,
+        solver: str | Solver | type[Solver], damping: Amount | Damping = 1e-3, transforms: Sequence[Transform] | None = None,
         history: str | float | History = "local", curvature_interval: Interval = 1, solver_interval: Interval | None = None,
         start_step: int = 0, before_start: BeforeStart = "gradient", overrides: Overrides | None = None, strict: bool = False,
         loss_weights: LossWeights = "normalised", on_nonfinite: OnNonfinite = "zero", seed: int | None = None,

@@ -148,7 +148,7 @@ def _quadrature(operator: Operator, probes: int, steps: int, generator: torch.Ge
     values, counts = [], []
     for _ in range(probes):
         signs = torch.randint(2, (operator.n,), generator=generator).to(dtype=operator.dtype, device=operator.device) * 2 - 1
-        nodes, vectors = eigh(tridiagonalise(operator.__matmul__, signs, steps).dense())
+        nodes, vectors = eigh(tridiagonalise(operator.__matmul__, signs, steps).dense)
         values.append(nodes)
         counts.append(vectors[0].to(torch.float64).square() * (operator.n / probes))
     return torch.cat(values), torch.cat(counts), False

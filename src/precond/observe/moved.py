@@ -16,8 +16,8 @@ from precond.observe.hooks import Handles
 from precond.observe.observation import Columns, LayerColumns, Part, Tensors
 from precond.observe.observer import Observer
 from precond.observe.passes import batched_grad, nested_columns
-from precond.observe.records import CriterionCall, Forward
 from precond.observe.recorder import draws
+from precond.observe.records import CriterionCall, Forward
 from precond.observe.replay import replay, save_rng
 
 

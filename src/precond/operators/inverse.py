@@ -70,4 +70,4 @@ class InverseBlockDiagonal(BlockDiagonal):
 
     def __init__(self, blocks: Mapping[str, Inverse | InverseBlockDiagonal], positions: Mapping[str, Tensor], n: int) -> None:
         super().__init__(blocks, positions, n)
-        self.damped = BlockDiagonal({name: block.damped for name, block in blocks.items()}, positions, n)
+        self.damped: BlockDiagonal = BlockDiagonal({name: block.damped for name, block in blocks.items()}, positions, n)

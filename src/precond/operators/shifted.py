@@ -58,7 +58,9 @@ class Shifted(Operator):
 
     def spectral(self) -> Spectral:
         if isinstance(self.shift, Tensor) and self.shift.dim():
-            raise InvalidCombination("a stack with a shift for each of its matrices has no spectrum of one shift: use Dense(operator.to_dense()).")
+            raise InvalidCombination(
+                "a stack with a shift for each of its matrices has no spectrum of one shift: use Dense(operator.to_dense())."
+            )
         return self.operator.spectral().map(lambda s: s + self.shift)
 
     @property

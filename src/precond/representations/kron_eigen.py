@@ -84,7 +84,9 @@ class KronEigen(Representation):
             object.__setattr__(self, "modes", tuple(self.modes))
         self._dimensions.check("KronEigen")
         if self.oversized == "diagonal":
-            raise ValueError("KronEigen(oversized='diagonal'): the basis of a diagonal factor is the identity: choose 'identity' or 'tile'.")
+            raise ValueError(
+                "KronEigen(oversized='diagonal'): the basis of a diagonal factor is the identity: choose 'identity' or 'tile'."
+            )
         if self.basis_of == "io" and self._dimensions != Dimensions(oversized="identity"):
             raise ValueError("KronEigen: squeeze, merge_dims, max_dim, oversized, modes and vectors belong to basis_of='dim'.")
         if self.basis_of == "dim" and self.sharing != "expand":
@@ -102,7 +104,12 @@ class KronEigen(Representation):
     @property
     def _dimensions(self) -> Dimensions:
         return Dimensions(
-            squeeze=self.squeeze, merge_dims=self.merge_dims, max_dim=self.max_dim, oversized=self.oversized, modes=self.modes, vectors=self.vectors
+            squeeze=self.squeeze,
+            merge_dims=self.merge_dims,
+            max_dim=self.max_dim,
+            oversized=self.oversized,
+            modes=self.modes,
+            vectors=self.vectors,
         )
 
     @property

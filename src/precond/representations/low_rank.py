@@ -19,7 +19,6 @@ from precond.representations.memory_secant import over_memory
 from precond.statistics import GRAM, Stat
 from precond.truncation import Truncation
 
-
 _RANK = 10  # of what is fitted to pairs, where none is given: that of the published code
 
 

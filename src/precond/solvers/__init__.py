@@ -14,8 +14,8 @@ from precond.solvers.lu import LU
 from precond.solvers.neumann import Neumann
 from precond.solvers.newton_schulz import NewtonSchulz
 from precond.solvers.preconditioners import Jacobi
-from precond.solvers.qr_iteration import QRIteration
 from precond.solvers.psgd import PSGD
+from precond.solvers.qr_iteration import QRIteration
 from precond.solvers.riemannian import Riemannian
 from precond.solvers.smw import SMW
 from precond.solvers.sparse_cholesky import SparseCholesky

@@ -10,7 +10,21 @@ from torch import Tensor
 
 from precond.damping import Damping, Factored, Tikhonov
 from precond.errors import SolverFailure
-from precond.operators import Dense, Diagonal, FitName, Kronecker, Operator, Pairs, Probed, Secant, SecantKronecker, SecantMemory, Shifted, pack, unpack
+from precond.operators import (
+    Dense,
+    Diagonal,
+    FitName,
+    Kronecker,
+    Operator,
+    Pairs,
+    Probed,
+    Secant,
+    SecantKronecker,
+    SecantMemory,
+    Shifted,
+    pack,
+    unpack,
+)
 from precond.secant import PairRule
 from precond.solvers.base import REGISTRY, Solver, State
 

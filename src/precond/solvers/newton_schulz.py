@@ -29,7 +29,7 @@ class NewtonSchulz(Solver):
 
     With `coefficients`, a fixed number of steps of X <- a X + b X X^T X + c (X X^T)^2 X on the square-root scale, q = 2: of C = G G^T,
     applied to G, it is Muon's approximate polar factor; the default iteration gives the exact one, (G G^T)^(-1/2) G = U V^T, where
-    C has full rank or damping. That C is `batched_empirical_fisher` x `kron_dim` with one side (`KronDim(sides="smaller")`).
+    C has full rank or damping. That C is `batched_empirical_fisher` x `kron_dim` on one side, `KronDim(merge_dims="rest", modes="shortest")`.
 
     Args:
         power: 1/q.

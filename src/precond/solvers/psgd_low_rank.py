@@ -12,7 +12,7 @@ Rate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def start(scale: Tensor, n: int, rank: int, generator: torch.Generator) -> dict[str, Any]:
-    """d = scale; U and V random, of Frobenius norm sqrt(0.1)."""
+    """The diagonal d = scale; U and V random, of Frobenius norm sqrt(0.1)."""
     U, V = (torch.randn(n, rank, dtype=scale.dtype, generator=generator).to(scale.device) for _ in range(2))
     none = torch.zeros((), dtype=scale.dtype, device=scale.device)
     U, V = (X * (0.1**0.5 / X.norm()) for X in (U, V))
@@ -24,7 +24,8 @@ def applied(Q: dict[str, Any], X: Tensor) -> Tensor:
     U, V, d = Q["U"], Q["V"], Q["d"].unsqueeze(1)
     Y = d * X
     Y = Y + U @ (V.mT @ Y)
-    return d * (Y + V @ (U.mT @ Y))
+    product: Tensor = d * (Y + V @ (U.mT @ Y))
+    return product
 
 
 def learn(Q: dict[str, Any], v: Tensor, h: Tensor, rate: Rate, *, U_moves: bool) -> dict[str, Any]:
@@ -58,7 +59,8 @@ def learn(Q: dict[str, Any], v: Tensor, h: Tensor, rate: Rate, *, U_moves: bool)
 
 def _norm(a: Tensor, X: Tensor) -> Tensor:
     """The mean over pairs of |a| |X X^T a|."""
-    return (a.norm(dim=0) * (X @ (X.mT @ a)).norm(dim=0)).mean()
+    mean: Tensor = (a.norm(dim=0) * (X @ (X.mT @ a)).norm(dim=0)).mean()
+    return mean
 
 
 def _balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,15 +92,19 @@ def _noise_moment(F: Tensor, v: Tensor, mode: int) -> Tensor:
 
 
 def _norm(S: Tensor, *, exact: bool) -> Tensor:
-    """A bound of the spectral norm of semi-definite matrices (b, n, n): the trace from above, as published for a single mode; else
-    |S x| / |x| from below, with x the column of the largest diagonal entry, never less than that entry."""
+    """A bound of the spectral norm of semi-definite matrices (b, n, n).
+
+    The trace from above, as published for a single mode; else |S x| / |x| from below, with x the column of the largest diagonal
+    entry, never less than that entry.
+    """
     diagonal = S.diagonal(dim1=-2, dim2=-1)
     if exact:
         return diagonal.sum(-1)
     largest = diagonal.argmax(-1).view(-1, 1, 1).expand(-1, S.shape[-1], 1)
     x = S.gather(-1, largest)
     size = x.norm(dim=(-2, -1))
-    return (S @ x).norm(dim=(-2, -1)) / torch.where(size > 0, size, 1.0)
+    moved: Tensor = (S @ x).norm(dim=(-2, -1))
+    return moved / torch.where(size > 0, size, 1.0)
 
 
 def _towards_symmetric(Q: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ class Graft(Transform):
 def _with_norm(direction: Tensor, reference: Tensor, tiling: Tiling | None) -> Tensor:
     """The direction with the norm of the reference, tile by tile where there are several."""
     if tiling is None or not tiling.cut:
-        return direction * (reference.norm() / (direction.norm() + _TINY))
+        scaled: Tensor = direction * (reference.norm() / (direction.norm() + _TINY))
+        return scaled
     pieces = []
     for d, r in zip(tiling.split(direction), tiling.split(reference), strict=True):
         d, r = d.flatten(1), r.flatten(1)

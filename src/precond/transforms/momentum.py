@@ -63,7 +63,7 @@ class Momentum(Transform):
             state[name] = {"average": torch.zeros_like(x), "weight": torch.zeros((), dtype=torch.float64, device=x.device)}
         own, beta, finite = state[name], self.beta, all_finite([x])
         first = own["weight"] == 0
-        take = torch.where(first, 1.0, 1 - self.dampening).to(x.dtype) if self.form == "sum" else 1 - beta
+        take = 1 - self.dampening * (~first).to(x.dtype) if self.form == "sum" else 1 - beta
         own["average"] = torch.where(finite, beta * own["average"] + take * x, own["average"])
         own["weight"] = torch.where(finite, beta * own["weight"] + (1 - beta), own["weight"])
         if self.form == "sum":
