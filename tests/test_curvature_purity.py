@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -131,7 +132,17 @@ def test_no_grad_makes_no_difference(matrix: str, repr: str) -> None:
     close(got, want)
 
 
+@pytest.fixture
+def frozen() -> Iterator[None]:
+    """What is there already is looked at no more, by the collector neither."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @every_cell
+@pytest.mark.usefixtures("frozen")
 def test_no_tensor_stays_alive(matrix: str, repr: str) -> None:
     case = CASES["mlp"]
     model = case.make()

@@ -77,8 +77,12 @@ def test_an_invalid_cell_gets_the_reason_and_what_to_choose(name: str) -> None:
 
 
 def test_the_nearest_valid_choice_is_valid() -> None:
+    """For each pair of two axes once: with all three the message would be the same, 1,500 times."""
+    seen: set[tuple[str, str]] = set()
     for cell in precond.combinations():
-        if not cell.valid:
+        pairs = {(cell.matrix, cell.repr), (cell.repr, cell.solver)}
+        if not cell.valid and not pairs <= seen:
+            seen |= pairs
             with pytest.raises(InvalidCombination) as caught:
                 new(matrix=cell.matrix, repr=cell.repr, solver=cell.solver)
             assert cell.reason in str(caught.value)

@@ -158,7 +158,7 @@ def in_parts(model: nn.Module, criterion: None, tokens: Tensor, target: Tensor) 
         model(input_ids=tokens[part], labels=target[part], num_items_in_batch=items).loss.backward()
 
 
-PAIRED = {repr: partial(make, "bfgs_hessian", repr, "bfgs", 1e-2, history=0.9) for repr in ("full", "kron_io")}
+PAIRED = {repr: partial(make, "bfgs_hessian", repr, "bfgs", 1e-2, history=beta) for repr, beta in (("full", "local"), ("kron_io", 0.9))}
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *PAIRED])

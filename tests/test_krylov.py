@@ -113,7 +113,9 @@ def test_ksd_minimises_over_its_space_and_the_last_direction() -> None:
     with pytest.raises(AssertionError):  # negative: the last direction matters
         assert_close(second, plain.apply(plain.init(Dense(A_next), Tikhonov(0.1)), b_next)[0], **EXACT)
     again, _ = solver.apply(solver.refresh(state | {"x": b_next.unsqueeze(1)}, Dense(A_next), Tikhonov(0.1)), b_next)
-    assert_close(again, plain.apply(plain.init(Dense(A_next), Tikhonov(0.1)), b_next)[0], **EXACT)  # one that lies in the space adds nothing
+    assert_close(
+        again, plain.apply(plain.init(Dense(A_next), Tikhonov(0.1)), b_next)[0], **EXACT
+    )  # one that lies in the space adds nothing
 
 
 @pytest.mark.parametrize("method", ["lanczos", "minres"])

@@ -6,6 +6,7 @@ The negative control keeps one tensor a step.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +28,15 @@ for name in matrices.names():
     CELLS.append((name, kind, solver))
 CELLS += [("ggn", "matrix_free", "cg"), ("empirical_fisher", "layer", "cholesky")]
 CELLS += [(BFGSHessian(pairs=pairs), "full", "bfgs") for pairs in ("replay", "products", "gradients")]  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def frozen() -> Iterator[None]:
+    """What is there already is looked at no more, by the collector neither."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def alive() -> int:

@@ -98,6 +98,24 @@ def test_indefinite_operators() -> None:
         Eigen(power=0.5).init(M, Tikhonov(0.0))
 
 
+def test_lu_says_what_becomes_of_negative_eigenvalues() -> None:
+    U, d = basis(3), torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+    C = Dense((U * d) @ U.T)
+    absolute = LU(spectrum="abs")
+    P = inverse(C, solver=absolute, damping=0.1)
+    assert_close(P.to_dense(), (U / (d.abs() + 0.1)) @ U.T, **EXACT)
+    assert_close(P.damped.to_dense(), (U * (d.abs() + 0.1)) @ U.T, **EXACT)
+    K = Kronecker(C, Diagonal(torch.tensor([1.0, -3.0]).double()), scale=-2.0)
+    e, V = torch.linalg.eigh(K.to_dense())
+    assert_close(inverse(K, solver=absolute).to_dense(), (V / e.abs()) @ V.T, **EXACT)
+    strict = LU(spectrum="raise")
+    with pytest.raises(SolverFailure, match="indefinite"):
+        strict.init(C, Tikhonov(0.1))
+    assert_close(inverse(C, solver=strict, damping=1.5).to_dense(), (U / (d + 1.5)) @ U.T, **EXACT)
+    with pytest.raises(ValueError, match="spectrum is one of"):
+        LU(spectrum="clamp")  # type: ignore[arg-type]
+
+
 def test_spectrum_says_what_becomes_of_negative_eigenvalues() -> None:
     d = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
     U = basis(3)

@@ -142,7 +142,8 @@ def _nearby(matrix: Matrix, representation: Representation, solver: Solver) -> I
     matrices = [MATRICES.create(n) for n in MATRICES.names()]
     representations = [REPRESENTATIONS.create(n) for n in REPRESENTATIONS.names()]
     solvers = [SOLVERS.create(n) for n in SOLVERS.names()]
-    solvers.sort(key=lambda s: (Operator in s.accepts, len(s.accepts)))  # one made for a structure before one that takes many
+    # one that inverts what it is given before one that fits pairs, one made for a structure before one that takes many
+    solvers.sort(key=lambda s: (bool(s.follows), Operator in s.accepts, len(s.accepts)))
     yield from ((matrix, representation, s) for s in solvers)
     yield from ((matrix, r, solver) for r in representations)
     yield from ((m, representation, solver) for m in matrices)

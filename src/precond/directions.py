@@ -57,7 +57,8 @@ def finite_only(
     blocks: Sequence[BlockState], found: Tensors, raw: Tensors, on_nonfinite: OnNonfinite, step: int, diagnostics: Diagnostics
 ) -> Tensors | None:
     """Directions by parameter, zero for a block that is not finite; None where the whole step is to be skipped."""
-    flags = {name: numerics.all_finite([raw[name], direction]) for name, direction in found.items()}
+    # a square that overflows is as good as infinite: such a step would leave parameters whose next loss is none
+    flags = {name: numerics.all_finite([raw[name].norm(), direction.norm(), raw[name], direction]) for name, direction in found.items()}
     if on_nonfinite != "zero" and flags and not bool(torch.stack(list(flags.values())).all()):
         bad = ", ".join(name for name, flag in flags.items() if not bool(flag))
         if on_nonfinite == "raise":

@@ -41,9 +41,13 @@ class DiagonalSparse(Diagonal):
     tensor([1., 0.])
     """
 
-    requests = ("columns", "gradient", "product")
+    followed = ()
 
     mask: Mapping[str, Tensor] | None = None
+
+    @property
+    def requests(self) -> tuple[Kind, ...]:  # type: ignore[override]
+        return ("columns", "gradient", "product") if self.estimator == "exact" else ("pairs",)
 
     def over(self, kind: Kind) -> Representation:
         return self

@@ -100,7 +100,7 @@ class SMW(Solver):
         damped = self.damped(operator, damping)
         if isinstance(damped, Kronecker) and self.power == 1 and not self._cuts:
             return self._invert_factors(damped.materialise())
-        if isinstance(operator, Kronecker):
+        if isinstance(_inner(operator), Kronecker):
             self.refuse(damped, "it inverts factor by factor: use Factored damping, power 1 and no cut; or the 'eigen' solver")
         return self._by_rows(_rows(operator), damped, lambda: self.damped(_widen(operator), damping))
 
@@ -209,11 +209,16 @@ def _kept_rows(state: State) -> tuple[RowForm, torch.dtype]:
     return rows, wide
 
 
-def _rows(operator: Operator) -> RowForm:
+def _inner(operator: Operator) -> Operator:
     while isinstance(operator, (Shifted, RootShifted)):
         operator = operator.operator
-    assert isinstance(operator, RowForm)
     return operator
+
+
+def _rows(operator: Operator) -> RowForm:
+    rows = _inner(operator)
+    assert isinstance(rows, RowForm)
+    return rows
 
 
 def _widen(operator: Operator) -> Operator:
