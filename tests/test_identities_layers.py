@@ -142,7 +142,8 @@ def test_21_a_grouped_convolution_is_one_convolution_a_group(matrix: Any, repr: 
     head = torch.arange(places["3.weight"].start, places["3.bias"].stop)
     order = torch.cat([*weights, *biases, head])
     got, want = curve(one, x, y, matrix, repr).to_dense(), curve(many, x, y, matrix, repr).to_dense()[order][:, order]
-    if repr in ("layer", "layer_low_rank", "layer_gram") and matrix != "input_second_moment":  # the one layer has a block across its groups, which the two have not
+    # the one layer has a block across its groups, which the two have not
+    if repr in ("layer", "layer_low_rank", "layer_gram") and matrix != "input_second_moment":
         assert apart(got, want)
         if matrix == "abs_hessian":  # whose blocks are not those of the whole
             return

@@ -150,7 +150,7 @@ def test_what_has_no_meaning_is_refused() -> None:
     s = torch.zeros(5, dtype=torch.float64)
     with pytest.raises(SolverFailure, match="not positive definite"):
         BFGS().init(Secant(-EYE, s, s), Tikhonov(0.0))
-    with pytest.raises(InvalidCombination, match="it takes .*Secant, SecantKronecker"):
+    with pytest.raises(InvalidCombination, match=r"it takes .*Secant, SecantKronecker"):
         BFGS().init(Kronecker(EYE, EYE), Factored(0.1))
     with pytest.raises(InvalidCombination, match="not factor-wise"):
         BFGS().init(SecantKronecker(Secant(EYE, s, s), Probed(EYE, s)), Outside(0.1))
