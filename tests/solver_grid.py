@@ -141,6 +141,10 @@ ROWS: dict[str, tuple[dict[str, Any], set[str], bool]] = {
 }
 
 
+LEARNED = {"psgd", "riemannian"}
+"""Solvers that come to the inverse over many refreshes, so that one of them equals nothing: `test_psgd.py`, `test_riemannian.py`."""
+
+
 def refused(solver: str, structure: str, damping: str, power: float) -> str | None:
     """Why a cell has no meaning, or None."""
     _, takes, powers = ROWS[solver]

@@ -22,11 +22,11 @@ from torch.testing import assert_close
 from precond.errors import InvalidCombination, UnknownName
 from precond.inversion import with_power
 from precond.solvers import create, get, names
-from solver_grid import DAMPINGS, DIRECT, EXACT, FOLLOWS, ROWS, STRUCTURES, cells, draw, eye, power_of, prepared, refused, taken
+from solver_grid import DAMPINGS, DIRECT, EXACT, FOLLOWS, LEARNED, ROWS, STRUCTURES, cells, draw, eye, power_of, prepared, refused, taken
 
 
 def test_every_solver_of_the_registry_has_a_row_in_the_grid() -> None:
-    assert set(names()) == set(ROWS)
+    assert set(names()) == {*ROWS, *LEARNED}
     for name in ROWS:
         assert get(name).name == name and create(name) == create(get(name)) == get(name)()
     with pytest.raises(UnknownName, match="did you mean 'cholesky'"):

@@ -82,7 +82,7 @@ def first_column(T: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def largest_eigenvalue(product: Product, start: Tensor, steps: int) -> Tensor:
-    """An upper estimate of the largest |eigenvalue|, 0-dim: the largest Ritz value and the norm of its residual.
+    """An estimate of the largest |eigenvalue|, 0-dim: the largest Ritz value plus the norm of its residual, exact once the space is invariant.
 
     `steps` products; never worse than as many of power iteration, whose vectors lie in the same Krylov space.
 

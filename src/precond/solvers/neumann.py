@@ -35,7 +35,7 @@ class Neumann(ProductSolver):
 
     Args:
         terms: K.
-        step_size: a; None: 1 / (1.1 l), with l an upper estimate of lambda_max from `power_iterations` products at each refresh.
+        step_size: a; None: 1 / (1.1 l), with l an estimate of lambda_max from `power_iterations` products at each refresh.
         power_iterations: see there.
         warm_start: start from this multiple of the previous result; 0 starts from a b.
         halvings: at most so often is a halved in one solve.
