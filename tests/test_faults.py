@@ -208,17 +208,16 @@ def survive(seed: int) -> None:
     schedule = [draw.choice(list(FAULTS)) if draw.random() < 0.5 else None for _ in range(FAULTY)]
     run, told = Breaking(method), f"seed {seed}: {method}, {schedule}"
     diagnostics, before = run.preconditioner.diagnostics, run.loss()
-    with contextlib.closing(contextlib.nullcontext()) if False else contextlib.nullcontext():
-        for k, name in enumerate([*schedule, *[None] * RECOVERY]):
-            x, y = DATA[k % len(DATA)]
-            counted = dict(diagnostics)
-            if name is None:
-                run.step(x, y)
-            else:
-                fault, counters = FAULTS[name]
-                fault(run, x, y)
-                assert not counters or any(diagnostics[c] > counted[c] for c in counters), f"{told}: {name} at step {k} was not counted"
-            assert all(bool(t.isfinite().all()) for t in (theta(run.model), *leaves(run.preconditioner.state_dict()))), f"{told}: step {k}"
+    for k, name in enumerate([*schedule, *[None] * RECOVERY]):
+        x, y = DATA[k % len(DATA)]
+        counted = dict(diagnostics)
+        if name is None:
+            run.step(x, y)
+        else:
+            fault, counters = FAULTS[name]
+            fault(run, x, y)
+            assert not counters or any(diagnostics[c] > counted[c] for c in counters), f"{told}: {name} at step {k} was not counted"
+        assert all(bool(t.isfinite().all()) for t in (theta(run.model), *leaves(run.preconditioner.state_dict()))), f"{told}: step {k}"
     assert diagnostics["steps"] == FAULTY + RECOVERY, told
     assert run.loss() < before, f"{told}: the loss went from {before} to {run.loss()}"
     run.preconditioner.remove()

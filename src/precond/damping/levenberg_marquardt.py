@@ -98,7 +98,8 @@ class LevenbergMarquardt(Formed):
         good, bad = rho > self.upper, ~(rho >= self.lower)
         new = torch.where(good, old * self.factor, torch.where(bad, old / self.factor, old)).clamp(self.smallest, self.largest)
         heard = move.before.isfinite() & (move.square != 0)
-        return {"steps": steps, "value": torch.where(heard, new, old), "rho": rho}
+        # for reading only; a state holds no infinity, which stands for a loss that rose, nor what a broken step left
+        return {"steps": steps, "value": torch.where(heard, new, old), "rho": torch.nan_to_num(rho)}
 
     def ratio(self, move: Move, value: Tensor) -> Tensor:
         """Rho of a move under a damping of this value."""
