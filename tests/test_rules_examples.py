@@ -129,3 +129,24 @@ def test_an_exact_curvature_refuses_batch_statistics_by_name() -> None:
     model.eval()
     exact = curvature(model, CE, BN.inputs, BN.targets, matrix="ggn", repr="full", exact=True)
     assert_close(exact.to_dense(), of("ggn")(model, BN.inputs, BN.targets), **EXACT)
+
+
+class Positions(nn.Module):
+    """Position embeddings, looked up once and broadcast over the batch."""
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__()
+        self.positions, self.head, self.index = nn.Embedding(4, 4), nn.Linear(4, 3), index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(x + self.positions(self.index)).mean(1))
+
+
+@pytest.mark.parametrize("index", [torch.arange(4).unsqueeze(0), torch.arange(4)], ids=["(1, T)", "(T,)"])
+def test_a_call_that_all_examples_share_is_refused_by_name_and_right_when_said(index: Tensor) -> None:
+    model, x, y = seeded(lambda: Positions(index)), normal(6, 4, 4), labels(3, 6)
+    with pytest.raises(ObservationError, match=r"rows=\{'positions': 'shared'\}"):
+        curvature(model, CE, x, y, matrix="ggn", repr="kron_io")
+    got = curvature(model, CE, x, y, matrix="ggn", repr="kron_io", rows={"positions": "shared"}).to_dense()
+    each = seeded(lambda: Positions(torch.arange(4).expand(6, 4)))
+    assert_close(got, curvature(each, CE, x, y, matrix="ggn", repr="kron_io").to_dense(), **EXACT)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block, Parameter
+from precond.errors import ObservationError
 from precond.layers import OneHot, Ragged
-from precond.observe import Factors, Part
+from precond.observe import Factors, LayerColumns, Part
 from precond.representations.outputs import output_moment
 
 InputRows = Tensor | OneHot | Ragged
@@ -27,6 +28,8 @@ def input_rows(part: Part, block: Block, *, check: bool = False) -> list[InputRo
     for layer, seen in block.calls(part):
         if check:
             layer.rule.check(seen)
+        else:
+            _refuse_shared(seen)
         a = layer.rule.inputs(seen)
         # 0 for a use of a tied weight that has no share in the block's bias
         one = 1.0 if bias in layer.parameters.values() else 0.0
@@ -37,6 +40,18 @@ def input_rows(part: Part, block: Block, *, check: bool = False) -> list[InputRo
         else:
             rows.append(Ragged(_extended(a.a, a.mask * one), a.mask) if bias and isinstance(a, Ragged) else a)
     return rows
+
+
+def _refuse_shared(seen: LayerColumns) -> None:
+    """A call that all examples share gets back the sum of their gradients, whose square is not the sum of squares."""
+    shape = seen.input.shape
+    alone = len(shape) > 1 and shape[0] == 1 and shape[1] != seen.batch
+    uneven = len(shape) == 1 and not seen.input.is_floating_point() and shape[0] % seen.batch != 0
+    if seen.rows is None and seen.batch > 1 and (alone or uneven):
+        raise ObservationError(
+            f"layer {seen.name!r} was called on {tuple(shape)} for a batch of {seen.batch} examples, once for all of them as it seems, so that their "
+            f"gradients come back as one sum: say so with rows={{{seen.name!r}: 'shared'}}, or leave it out with overrides={{{seen.name!r}: None}}."
+        )
 
 
 def _extended(a: Tensor, ones: Tensor) -> Tensor:
