@@ -118,6 +118,11 @@ def test_steps_equal_the_dense_ones(name: str, variant: str, net: str, labels: l
         ("soap", {"max_dim": 2}),
         ("soap", {"decay": 0.0}),
         ("soap", {"skip": False}),
+        ("kflr", {"beta": 0.9}),
+        ("kfra", {"beta": 0.9}),
+        ("foof", {"beta": 0.9}),
+        ("foof", {"interval": 2}),
+        ("one_sided_shampoo", {"eps": 2e-4}),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
