@@ -43,7 +43,7 @@ NAMES = {
     "repr": (lambda: new(repr="kronio"), "is not one of the representations", "did you mean 'kron_io'?", "diagonal"),
     "solver": (lambda: new(solver="choleski"), "is not one of the solvers", "did you mean 'cholesky'?", "cg"),
     "far": (lambda: new(matrix="zzz"), "'zzz' is not one of the matrices. There are: "),
-    "recipe": (lambda: precond.recipe("kfax"), "'kfax' is not a recipe", "did you mean 'kfac'?", "ends in .toml"),
+    "recipe": (lambda: precond.recipe("kffac"), "'kffac' is not a recipe", "did you mean 'kfac'?", "ends in .toml"),
     "history": (lambda: new(history="locl"), "did you mean 'local'?"),
     "likelihood": (lambda: new().attach(net(), "categoricl"), "did you mean 'categorical'?"),
 }

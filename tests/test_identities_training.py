@@ -245,5 +245,5 @@ def test_31_a_saved_state_goes_on_bit_for_bit(recipe: str) -> None:
     loop(straight, precond.recipe(recipe, seed=4), 5)
     assert all(map(torch.equal, resumed.parameters(), straight.parameters()))
     loop(forgetful, precond.recipe(recipe, seed=99), 2)
-    stateless = recipe in ("newton", "natural_gradient", "ekfac")
+    stateless = recipe in ("newton", "natural_gradient", "ekfac", "layer_wise_newton", "layer_wise_ng")
     assert all(map(torch.equal, forgetful.parameters(), straight.parameters())) == stateless
