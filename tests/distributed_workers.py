@@ -52,7 +52,7 @@ def _recipe(name: str, **arguments: Any) -> Callable[[], precond.Preconditioner]
     return lambda: precond.recipe(name, **{"solver_interval": 2, "seed": 5, **arguments})
 
 
-def _cell(matrix: Any, representation: str, solver: str, damping: float = 0.1, **options: Any) -> Callable[[], precond.Preconditioner]:
+def _cell(matrix: Any, representation: str, solver: Any, damping: Any = 0.1, **options: Any) -> Callable[[], precond.Preconditioner]:
     return lambda: precond.Preconditioner(matrix=matrix, repr=representation, solver=solver, damping=damping, seed=5, **options)
 
 
@@ -69,6 +69,11 @@ CASES |= {f"{name}-unequal": Case(make, ends=UNEQUAL) for name, make in METHODS.
 CASES |= {f"{name}-no_sync": Case(METHODS[name], micro=2) for name in ("kfac", "shampoo", "hessian_free", "empirical_layer")}
 CASES |= {f"{name}-nan": Case(make, nan=True) for name, make in METHODS.items()}
 CASES |= {f"{name}-conv": Case(METHODS[name], ends=UNEQUAL, conv=True) for name in ("kfac", "shampoo", "hessian_free")}
+for _name, _curvature in (("levenberg", "block"), ("levenberg_exact", "ggn")):
+    CASES[f"{_name}-unequal"] = Case(
+        _cell("ggn", "layer", "cholesky", precond.damping.LevenbergMarquardt(0.01, curvature=_curvature)), ends=UNEQUAL
+    )
+CASES["levenberg-products"] = Case(_cell("ggn", "matrix_free", TIGHT["solver"], precond.damping.LevenbergMarquardt(0.01)), ends=UNEQUAL)
 CASES["ekfac-unequal"] = Case(_recipe("ekfac", solver_interval=1, history=0.9), ends=UNEQUAL)
 CASES["recursive-unequal"] = Case(_cell("ggn_recursive", "kron_io", "cholesky", history=0.9), ends=UNEQUAL)
 CASES["recursive-nan"] = Case(_cell("ggn_recursive", "kron_io", "cholesky", history=0.9), nan=True)

@@ -32,7 +32,6 @@ from training import sgd, theta
 
 FAULTY, RECOVERY = 8, 12  # steps with faults among them, and without
 DATA = [(normal(8, 4, seed=10 + k).float(), labels(3, 8, seed=50 + k)) for k in range(3)]
-LEARNS = (DATA[0][0], labels(3, 8, seed=50))
 
 CLIP = [precond.transforms.NormClip(1.0)]
 METHODS: dict[str, Callable[[], Preconditioner]] = {

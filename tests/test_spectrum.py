@@ -53,7 +53,9 @@ def test_condition_numbers() -> None:
     assert spectrum(Diagonal(torch.tensor([-4.0, 1.0, 2.0]))).condition == 4.0
     assert spectrum(LowRank(normal(2, 5))).condition == float("inf")
     C = Dense(B)
-    assert spectrum(inverse(C, solver="eigen", damping=0.1).damped).condition == pytest.approx(float(torch.linalg.cond(B + 0.1 * torch.eye(3).double())))
+    assert spectrum(inverse(C, solver="eigen", damping=0.1).damped).condition == pytest.approx(
+        float(torch.linalg.cond(B + 0.1 * torch.eye(3).double()))
+    )
 
 
 def test_quadrature() -> None:
@@ -119,13 +121,17 @@ def test_a_climbed_rung_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     assert record.getMessage().startswith("step 0: block 'model' was refreshed with more damping than asked for")
 
 
-def test_what_is_dropped_is_told_by_block_and_again_after_a_while(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_dropped_is_told_by_block_and_again_after_a_while(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("precond.events.EVERY", 3)
     preconditioner, model, criterion = make(repr="layer", history=0.5), net(), nn.CrossEntropyLoss()
     preconditioner.attach(model, criterion, optimizer := sgd(model))
     for k, (x, y) in enumerate(batches(7)):
         plain(model, criterion, optimizer, x * torch.nan if k else x, y)
-    told = sorted((r.getMessage().split(" (")[1].split(";")[0], r.getMessage().split("'")[1], r.getMessage().split(":")[0]) for r in caplog.records)
+    told = sorted(
+        (r.getMessage().split(" (")[1].split(";")[0], r.getMessage().split("'")[1], r.getMessage().split(":")[0]) for r in caplog.records
+    )
     expected = [(reason, block, f"step {k}") for reason in ("directions_zeroed", "observations_dropped") for block in "02" for k in (1, 4)]
     assert told == expected and {r.levelno for r in caplog.records} == {logging.WARNING}
 

@@ -63,7 +63,12 @@ def test_a_preconditioner_that_never_starts_is_the_stock_optimizer(name: str) ->
 @pytest.mark.parametrize("options", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.8, "dampening": 0.2}])
 def test_momentum_after_is_that_of_the_optimizer(options: dict[str, Any]) -> None:
     """On preconditioned directions; before the preconditioner it is another method where the matrix changes."""
-    own = {"beta": options["momentum"], "form": "sum", "nesterov": options.get("nesterov", False), "dampening": options.get("dampening", 0.0)}
+    own = {
+        "beta": options["momentum"],
+        "form": "sum",
+        "nesterov": options.get("nesterov", False),
+        "dampening": options.get("dampening", 0.0),
+    }
     expected = fit(make(), optimizer=stock(SGD, **options), steps=4)
     same(fit(make(transforms=[Momentum(place="after", **own)]), steps=4), expected)
     differ(fit(make(transforms=[Momentum(**own)]), steps=4), expected)
@@ -305,7 +310,9 @@ def test_damping_hears_of_the_whole_update_before_it_is_taken_back() -> None:
 
 
 def test_a_search_needs_a_closure_that_returns_the_loss() -> None:
-    with pytest.raises(UsageError, match=r"^Backtrack, Reject evaluates the loss again after the update: call optimizer\.step\(closure\)\.$"):
+    with pytest.raises(
+        UsageError, match=r"^Backtrack, Reject evaluates the loss again after the update: call optimizer\.step\(closure\)\.$"
+    ):
         fit(make(transforms=[Backtrack(), Reject()]), steps=1)
     model, criterion = net(), CE()
     x, y = batches(1)[0]
