@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import precond
-from precond.matrices import FisherMC
-from references.common import NETWORKS, Network, theta
+from precond.matrices import BatchedFisherMC, FisherMC
+from references.common import NETWORKS, Drawn, Network, theta
 
 
 def reference(name: str) -> ModuleType:
@@ -41,15 +42,24 @@ def cases() -> list[tuple[str, str, str]]:
     return found
 
 
+_MEMBERS = ("matrix", "repr", "solver", "history", "damping")
+
+
 def overrides(recipe: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The overrides of a variant, where the options of CG, of a history, and those of the recipe's representation that change are plain data."""
+    """The overrides of a variant, where a table of plain data changes the options of the recipe's own member.
+
+    With a "name" the table is that of a recipe file, which replaces the member: `{"history": {"name": "Sum", "initial": 1e-2}}`.
+    """
     made = dict(arguments)
-    if "repr" in made:
-        made["repr"] = dataclasses.replace(precond.recipe(recipe).triple.repr, **made["repr"])
-    if "solver" in made:
-        made["solver"] = precond.solvers.CG(**made["solver"])
-    if "history" in made:
-        made["history"] = (precond.history.Ema if "beta" in made["history"] else precond.history.Sum)(**made["history"])
+    built = precond.recipe(recipe)
+    for key in _MEMBERS:
+        if isinstance(made.get(key), dict):
+            options = dict(made[key])
+            own = built.options.history if key == "history" else getattr(built.triple, key)
+            if "name" in options:
+                made[key] = getattr(getattr(precond, key), options.pop("name"))(**options)
+            else:
+                made[key] = dataclasses.replace(own, **options)
     return made
 
 
@@ -67,20 +77,33 @@ def train(recipe: str, network: Network, steps: int, **arguments: Any) -> Tensor
 
 
 @pytest.fixture
-def labels(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The labels that `fisher_mc` draws: the class at which the cotangent p - e_label is negative."""
-    drawn: list[Tensor] = []
-    original = FisherMC.cotangents
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
+    """What the run draws: the labels of sampled matrices (the class at which p - e_label is negative), and the probes."""
+    record = Drawn()
 
-    def spy(self: FisherMC, context: Any) -> Tensor:
-        cotangents = original(self, context)
-        assert cotangents.shape[0] == 1
-        assert ((cotangents[0] < 0).sum(1) == 1).all()
-        drawn.append(cotangents[0].argmin(1))
-        return cotangents
+    def spy_on(matrix: type[FisherMC] | type[BatchedFisherMC]) -> None:
+        original: Callable[..., Tensor] = matrix.cotangents
 
-    monkeypatch.setattr(FisherMC, "cotangents", spy)
-    return drawn
+        def spy(self: Any, context: Any) -> Tensor:
+            cotangents = original(self, context)
+            assert cotangents.shape[0] == 1
+            assert ((cotangents[0] < 0).sum(1) == 1).all()
+            record.labels.append(cotangents[0].argmin(1))
+            return cotangents
+
+        monkeypatch.setattr(matrix, "cotangents", spy)
+
+    def draw(like: Any, distribution: Any, samples: int, key: Any) -> Any:
+        vectors = original_draw(like, distribution, samples, key)
+        record.probes.append(torch.cat([v.flatten(1) for v in vectors.values()], 1))
+        return vectors
+
+    probes = importlib.import_module("precond.observe.probes")  # the package has a function of that name
+    original_draw = probes._draw
+    monkeypatch.setattr(probes, "_draw", draw)
+    for matrix in (FisherMC, BatchedFisherMC):
+        spy_on(matrix)
+    return record
 
 
 def test_every_recipe_has_a_reference() -> None:
@@ -88,49 +111,24 @@ def test_every_recipe_has_a_reference() -> None:
 
 
 @pytest.mark.parametrize(("name", "variant", "net"), [pytest.param(*case, id="-".join(case)) for case in cases()])
-def test_steps_equal_the_dense_ones(name: str, variant: str, net: str, labels: list[Tensor]) -> None:
+def test_steps_equal_the_dense_ones(name: str, variant: str, net: str, drawn: Drawn) -> None:
     module, network = reference(name), NETWORKS[net]
     ours, theirs = module.VARIANTS[variant]
     path = train(name, network, module.STEPS, **overrides(name, ours))
-    expected = module.train(network, network.batches(module.STEPS), labels, **theirs)
+    expected = module.train(network, network.batches(module.STEPS), drawn, **theirs)
     assert module.STEPS >= 5
     torch.testing.assert_close(path, expected, rtol=module.TOLERANCE, atol=module.TOLERANCE)
 
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    [
-        ("kfac", {"interval": 2}),
-        ("kfac", {"bound": 2e-3}),
-        ("kfac", {"damping": 0.2}),
-        ("shampoo", {"interval": 2}),
-        ("shampoo", {"eps": 2e-4}),
-        ("hessian_free", {"decay": 0.0}),
-        ("hessian_free", {"tolerance": 1e-5}),
-        ("natural_gradient", {"damping": 2e-3}),
-        ("ekfac", {"interval": 2}),
-        ("ekfac", {"damping": 0.2}),
-        ("fang", {"pattern": "diagonal"}),
-        ("fang", {"beta": 0.9}),
-        ("fang", {"damping": 2e-2}),
-        ("soap", {"interval": 5}),
-        ("soap", {"beta": 0.9}),
-        ("soap", {"max_dim": 2}),
-        ("soap", {"decay": 0.0}),
-        ("soap", {"skip": False}),
-        ("kflr", {"beta": 0.9}),
-        ("kfra", {"beta": 0.9}),
-        ("foof", {"beta": 0.9}),
-        ("foof", {"interval": 2}),
-        ("one_sided_shampoo", {"eps": 2e-4}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+    [pytest.param(name, other, id=f"{name}-{'-'.join(other)}") for name in written() for other in getattr(reference(name), "CONTROLS", ())],
 )
-def test_a_wrong_option_would_be_seen(name: str, other: dict[str, Any], labels: list[Tensor]) -> None:
+def test_a_wrong_option_would_be_seen(name: str, other: dict[str, Any], drawn: Drawn) -> None:
     module = reference(name)
     network = NETWORKS[module.NETS[0]]
     path = train(name, network, module.STEPS)
-    wrong = module.train(network, network.batches(module.STEPS), labels, **other)
+    wrong = module.train(network, network.batches(module.STEPS), drawn, **other)
     assert (path - wrong).abs().max() > 1e3 * module.TOLERANCE
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from references import stock
-from references.common import Batch, Network
+from references.common import Batch, Drawn, Network
 
 NETS = ("mlp", "conv")
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {"default": ({}, {})}
@@ -14,5 +14,5 @@ STEPS = 20
 TOLERANCE = 1e-12
 
 
-def train(network: Network, batches: list[Batch], labels: list[Tensor]) -> Tensor:
+def train(network: Network, batches: list[Batch], drawn: Drawn) -> Tensor:
     return stock.run(network, batches, lambda params: torch.optim.Adagrad(params, lr=0.01, eps=1e-10))

@@ -6,15 +6,17 @@ A reference is a module named as its recipe, with
     VARIANTS    {name: (overrides of the recipe, the same for `train`)}; "default" is the recipe as it stands
     STEPS       how many steps
     TOLERANCE   absolute and relative, in float64
-    train(network, batches, labels, **options) -> (STEPS, P), theta after every step
+    train(network, batches, drawn, **options) -> (STEPS, P), theta after every step
+    CONTROLS    optional: options of `train` each of which makes other steps, as a test shows
+    ONLY        optional: {variant: the networks it is run on}
 
-`labels` holds, step by step, the labels that the run under test drew, for references that need them.
+`drawn` holds what the run under test drew, in order, for references that need it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,14 @@ import dense
 import nets
 
 Batch = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Drawn:
+    """What the run under test drew. labels: (N,) classes, one entry an observation. probes: (samples, P) vectors v, likewise."""
+
+    labels: list[Tensor] = field(default_factory=list)
+    probes: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

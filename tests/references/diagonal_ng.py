@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F_
 
 import dense
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 
 NETS = ("mlp", "conv")
 VARIANTS = {"default": ({}, {}), "damping": ({"damping": 0.5}, {"damping": 0.5})}
@@ -17,10 +17,10 @@ STEPS = 6
 TOLERANCE = 1e-10
 
 
-def train(network: Network, batches: list[Batch], labels: list[Tensor], *, damping: float = 1e-3) -> Tensor:
+def train(network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 1e-3) -> Tensor:
     def direction(model: nn.Module, step: int, batch: Batch, gradient: Tensor) -> Tensor:
         output = dense.predict(model, batch[0])
-        cotangents = (output.softmax(1) - F_.one_hot(labels[step], output.shape[1])).unsqueeze(0)
+        cotangents = (output.softmax(1) - F_.one_hot(drawn.labels[step], output.shape[1])).unsqueeze(0)
         F = dense.fisher_mc(model, network.criterion, *batch, cotangents)
         return torch.linalg.solve(dense.project_diagonal(F) + damping * torch.eye(len(gradient), dtype=gradient.dtype), gradient)
 

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 import dense
 import dense_eigen
 import dense_kron
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 
 NETS = ("mlp", "conv")
 VARIANTS = {
     "default": ({}, {}),
     "interval_3": ({"repr": {"basis_interval": 3}}, {"interval": 3}),
-    "average_interval_2": ({"repr": {"basis_interval": 2}, "history": {"beta": 0.9}}, {"interval": 2, "beta": 0.9}),
+    "average_interval_2": ({"repr": {"basis_interval": 2}, "history": {"name": "Ema", "beta": 0.9}}, {"interval": 2, "beta": 0.9}),
 }
 # the head's factor A of the convolutional network has a null space of four dimensions, whose basis is not unique: it shows once it is old
 ONLY = {"interval_3": ("mlp",), "average_interval_2": ("mlp",)}
 STEPS = 12
 TOLERANCE = 1e-10
+CONTROLS = ({"interval": 2}, {"damping": 0.2})
 
 
 def _layers(model: nn.Module) -> list[str]:
@@ -32,7 +33,7 @@ def _layers(model: nn.Module) -> list[str]:
 
 
 def train(
-    network: Network, batches: list[Batch], labels: list[Tensor], *, interval: int = 1, beta: float = 0.0, damping: float = 0.1,
+    network: Network, batches: list[Batch], drawn: Drawn, *, interval: int = 1, beta: float = 0.0, damping: float = 0.1,
     carried: bool = True, lr: float = 0.1,
 ) -> Tensor:  # fmt: skip
     """carried: False leaves the numbers of the old spectrum where they are when the basis changes, which is wrong."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import dense
 import dense_sparse
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 
 NETS = ("mlp", "conv")
 VARIANTS = {
@@ -25,13 +25,14 @@ VARIANTS = {
 ONLY = {"unit": ("mlp",), "band": ("mlp",), "interval_2": ("mlp",)}
 STEPS = 6
 TOLERANCE = 1e-10
+CONTROLS = ({"pattern": "diagonal"}, {"beta": 0.9}, {"damping": 2e-2})
 
 
 def train(
-    network: Network, batches: list[Batch], labels: list[Tensor], *, damping: float = 1e-2, beta: float = 0.95, interval: int = 1,
+    network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 1e-2, beta: float = 0.95, interval: int = 1,
     pattern: str = "bias", width: int = 1,
 ) -> Tensor:  # fmt: skip
-    average, weight, seen = torch.zeros(()), 0.0, iter(labels)
+    average, weight, seen = torch.zeros(()), 0.0, iter(drawn.labels)
     held: list[Tensor] = []
 
     def direction(model: nn.Module, step: int, batch: Batch, gradient: Tensor) -> Tensor:

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor, nn
 
 import dense_derived
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 
 NETS = ("mlp", "conv")
 VARIANTS = {"default": ({}, {}), "damping": ({"damping": 1.0}, {"damping": 1.0}), "interval_2": ({"solver_interval": 2}, {"interval": 2})}
 STEPS = 12
 TOLERANCE = 1e-10
+CONTROLS = ({"beta": 0.9}, {"interval": 2})
 
 
 def train(
-    network: Network, batches: list[Batch], labels: list[Tensor], *, damping: float = 0.1, interval: int = 10, beta: float = 0.95
+    network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 0.1, interval: int = 10, beta: float = 0.95
 ) -> Tensor:
     moments: list[Tensor] = []
     inverted: list[Tensor] = []

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 import dense
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 
 NETS = ("mlp", "conv")
 VARIANTS = {
     "default": ({}, {}),
     "truncated": ({"solver": {"max_iterations": 4, "warm_start": 0.95}}, {"iterations": 4, "tolerance": 1e-10}),
-    "cold": ({"solver": {"max_iterations": 4}}, {"iterations": 4, "tolerance": 1e-10, "decay": 0.0}),
+    "cold": ({"solver": {"max_iterations": 4, "warm_start": 0.0}}, {"iterations": 4, "tolerance": 1e-10, "decay": 0.0}),
     "exact": ({"solver": {"tolerance": 1e-13, "warm_start": 0.95}}, {"exact": True}),
     "damping": ({"damping": 2.0}, {"damping": 2.0}),
 }
 STEPS = 6
 TOLERANCE = 1e-10
+CONTROLS = ({"decay": 0.0}, {"tolerance": 1e-5})
 
 
 def _cg(C: Tensor, b: Tensor, x: Tensor, tolerance: float, iterations: int) -> Tensor:
@@ -38,7 +39,7 @@ def _cg(C: Tensor, b: Tensor, x: Tensor, tolerance: float, iterations: int) -> T
 
 
 def train(
-    network: Network, batches: list[Batch], labels: list[Tensor], *, damping: float = 0.1, iterations: int = 50, tolerance: float = 1e-4,
+    network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 0.1, iterations: int = 50, tolerance: float = 1e-4,
     decay: float = 0.95, exact: bool = False,
 ) -> Tensor:  # fmt: skip
     last: list[Tensor] = []

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import dense
 import dense_kron
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 
 NETS = ("mlp", "conv")
 VARIANTS = {
@@ -25,6 +25,7 @@ VARIANTS = {
 }
 STEPS = 12
 TOLERANCE = 1e-10
+CONTROLS = ({"interval": 2}, {"bound": 2e-3}, {"damping": 0.2})
 
 
 def _layers(model: nn.Module) -> list[str]:
@@ -39,12 +40,12 @@ def _damped(B: Tensor, A: Tensor, damping: float) -> Tensor:
 
 
 def train(
-    network: Network, batches: list[Batch], labels: list[Tensor], *, interval: int = 10, observe: int = 1, damping: float = 0.1,
+    network: Network, batches: list[Batch], drawn: Drawn, *, interval: int = 10, observe: int = 1, damping: float = 0.1,
     bound: float | None = 1e-3, lr: float = 0.1,
 ) -> Tensor:  # fmt: skip
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     inverted: dict[str, Tensor] = {}
-    seen = iter(labels)
+    seen = iter(drawn.labels)
     weight = 0.0
 
     def direction(model: nn.Module, step: int, batch: Batch, gradient: Tensor) -> Tensor:

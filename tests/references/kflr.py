@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 import dense
 import dense_kron
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 from references.kfac import _damped, _layers
 
 NETS = ("mlp", "conv")
 VARIANTS = {"default": ({}, {}), "damping": ({"damping": 1e-2}, {"damping": 1e-2}), "interval_3": ({"solver_interval": 3}, {"interval": 3})}
 STEPS = 8
 TOLERANCE = 1e-10
+CONTROLS = ({"beta": 0.9},)
 
 
 def _columns(output: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def _columns(output: Tensor) -> Tensor:
 
 
 def train(
-    network: Network, batches: list[Batch], labels: list[Tensor], *, damping: float = 0.1, interval: int = 1, beta: float = 0.95
+    network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 0.1, interval: int = 1, beta: float = 0.95
 ) -> Tensor:
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     inverted: dict[str, Tensor] = {}

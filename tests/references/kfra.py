@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import dense
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 from references.kfac import _damped
 
 NETS = ("mlp", "square")
 VARIANTS = {"default": ({}, {}), "damping": ({"damping": 1e-2}, {"damping": 1e-2}), "interval_3": ({"solver_interval": 3}, {"interval": 3})}
 STEPS = 8
 TOLERANCE = 1e-10
+CONTROLS = ({"beta": 0.9},)
 
 
 def _factors(model: nn.Sequential, criterion: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -46,7 +47,7 @@ def _factors(model: nn.Sequential, criterion: nn.Module, x: Tensor) -> dict[str,
 
 
 def train(
-    network: Network, batches: list[Batch], labels: list[Tensor], *, damping: float = 0.1, interval: int = 1, beta: float = 0.95
+    network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 0.1, interval: int = 1, beta: float = 0.95
 ) -> Tensor:
     factors: dict[str, list[Tensor]] = {}
     inverted: dict[str, Tensor] = {}

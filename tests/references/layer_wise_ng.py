@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import dense
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 
 NETS = ("mlp", "conv")
 VARIANTS = {
@@ -18,7 +18,7 @@ STEPS = 5
 TOLERANCE = 1e-10
 
 
-def train(network: Network, batches: list[Batch], labels: list[Tensor], *, damping: float = 1e-3, interval: int = 1) -> Tensor:
+def train(network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 1e-3, interval: int = 1) -> Tensor:
     held: list[Tensor] = []
 
     def direction(model: nn.Module, step: int, batch: Batch, gradient: Tensor) -> Tensor:

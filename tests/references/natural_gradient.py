@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 import dense
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 
 NETS = ("mlp", "conv")
 VARIANTS = {"default": ({}, {}), "damping": ({"damping": 0.5}, {"damping": 0.5}), "interval_2": ({"curvature_interval": 2}, {"interval": 2})}
 STEPS = 5
 TOLERANCE = 1e-10
+CONTROLS = ({"damping": 2e-3},)
 
 
-def train(network: Network, batches: list[Batch], labels: list[Tensor], *, damping: float = 1e-3, interval: int = 1) -> Tensor:
+def train(network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 1e-3, interval: int = 1) -> Tensor:
     held: list[Tensor] = []
 
     def direction(model: torch.nn.Module, step: int, batch: Batch, gradient: Tensor) -> Tensor:

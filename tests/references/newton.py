@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dense
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 
 NETS = ("linear", "mlp", "conv")
 VARIANTS = {"default": ({}, {}), "damping": ({"damping": 3.0}, {"damping": 3.0})}
@@ -19,7 +19,7 @@ STEPS = 5
 TOLERANCE = 1e-10
 
 
-def train(network: Network, batches: list[Batch], labels: list[Tensor], *, damping: float = 1e-8) -> Tensor:
+def train(network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 1e-8) -> Tensor:
     def direction(model: torch.nn.Module, step: int, batch: Batch, gradient: Tensor) -> Tensor:
         H = dense.hessian(model, network.criterion, *batch)
         return torch.linalg.solve(H + damping * torch.eye(len(gradient), dtype=gradient.dtype), gradient)

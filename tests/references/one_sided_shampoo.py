@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import dense
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 
 NETS = ("mlp", "conv")
 VARIANTS = {
@@ -16,9 +16,10 @@ VARIANTS = {
 }
 STEPS = 8
 TOLERANCE = 1e-10
+CONTROLS = ({"eps": 2e-4},)
 
 
-def train(network: Network, batches: list[Batch], labels: list[Tensor], *, eps: float = 1e-4, interval: int = 1) -> Tensor:
+def train(network: Network, batches: list[Batch], drawn: Drawn, *, eps: float = 1e-4, interval: int = 1) -> Tensor:
     sums: dict[str, Tensor] = {}
     roots: dict[str, Tensor] = {}
 

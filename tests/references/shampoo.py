@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dense
-from references.common import Batch, Network, descend
+from references.common import Batch, Drawn, Network, descend
 
 NETS = ("mlp", "conv")
 _CALM = {"initial": 1e-2}  # a `Sum`; old roots of a small eps make a chaotic trajectory, where rounding grows to 1e-9 in 12 steps
@@ -24,6 +24,7 @@ VARIANTS = {
 }
 STEPS = 12
 TOLERANCE = 1e-10
+CONTROLS = ({"interval": 2}, {"eps": 2e-4})
 
 
 def _inverse_root(F: Tensor, degree: int) -> Tensor:
@@ -32,7 +33,7 @@ def _inverse_root(F: Tensor, degree: int) -> Tensor:
 
 
 def train(
-    network: Network, batches: list[Batch], labels: list[Tensor], *, interval: int = 1, observe: int = 1, eps: float = 1e-4, lr: float = 0.1
+    network: Network, batches: list[Batch], drawn: Drawn, *, interval: int = 1, observe: int = 1, eps: float = 1e-4, lr: float = 0.1
 ) -> Tensor:
     factors: dict[str, list[Tensor]] = {}
     roots: dict[str, Tensor] = {}

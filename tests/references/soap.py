@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dense
 import dense_eigen
-from references.common import Batch, Network, move, theta
+from references.common import Batch, Drawn, Network, move, theta
 
 NETS = ("square",)
 VARIANTS = {
@@ -27,6 +27,7 @@ VARIANTS = {
 }
 STEPS = 14
 TOLERANCE = 1e-10
+CONTROLS = ({"interval": 5}, {"beta": 0.9}, {"max_dim": 2}, {"decay": 0.0}, {"skip": False})
 
 
 class _Tensor:
@@ -66,7 +67,7 @@ class _Tensor:
 
 
 def train(
-    network: Network, batches: list[Batch], labels: list[Tensor], *, interval: int = 10, beta: float = 0.95, eps: float = 1e-8,
+    network: Network, batches: list[Batch], drawn: Drawn, *, interval: int = 10, beta: float = 0.95, eps: float = 1e-8,
     max_dim: int = 10000, lr: float = 3e-3, decay: float = 0.01, skip: bool = True,
 ) -> Tensor:  # fmt: skip
     """skip: False makes a step with the plain gradient of the first call, which is wrong."""
