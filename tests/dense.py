@@ -38,6 +38,7 @@ from dense_terms import (
     terms,
     unrows,
 )
+from dense_twice import written_out
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
@@ -129,8 +130,11 @@ def per_example_gradients(model: nn.Module, criterion: Criterion, inputs: Inputs
 
 
 def hessian(model: nn.Module, criterion: Criterion, inputs: Inputs, targets: Tensor) -> Tensor:
-    """The Hessian of the loss in theta, one row at a time by double backward. Not symmetrised."""
-    with forward(model, inputs) as output:
+    """The Hessian of the loss in theta, one row at a time by double backward. Not symmetrised.
+
+    torch has no second derivative of `embedding_bag` and a wrong one of `_weight_norm`: both are written out, see `dense_twice`.
+    """
+    with written_out(), forward(model, inputs) as output:
         first = _flat(criterion(output, targets), model, create_graph=True)
         return torch.stack([_flat(entry, model) for entry in first])
 

@@ -33,12 +33,17 @@ def positions(model: nn.Module) -> dict[str, slice]:
 
 
 def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """(module name, its trainable parameters' names), one entry for each module that is the first owner of any."""
+    """(module name, its trainable parameters' names), one entry for each module that is the first owner of any.
+
+    What is in a list or a dictionary of parameters belongs to the module that holds the list.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups, taken = [], set()
     for module_name, module in model.named_modules():
         owned = []
-        for parameter in module.parameters(recurse=isinstance(module, nn.MultiheadAttention) or is_parametrized(module)):
+        held = [child for child in module.children() if isinstance(child, nn.ParameterList | nn.ParameterDict)]  # which no one calls
+        own = module.parameters(recurse=isinstance(module, nn.MultiheadAttention) or is_parametrized(module))
+        for parameter in (*own, *(p for child in held for p in child.parameters())):
             if id(parameter) in names and id(parameter) not in taken:
                 taken.add(id(parameter))
                 owned.append(names[id(parameter)])

@@ -23,12 +23,15 @@ class Rule:
     amount: float = 0.0
     skip: float = 1e-8
     scale_initial: bool = False
+    powell_on: str = "matrix"
 
 
 def direct(B: Tensor, s: Tensor, y: Tensor, rule: Rule, first: bool) -> tuple[Tensor, bool]:
-    """B after one pair, by Powell's rule for B; and whether the pair counted."""
+    """B after one pair, by Powell's rule for B, or for its inverse; and whether the pair counted."""
     sy, sBs = float(s @ y), float(s @ B @ s)
-    if rule.powell and sy < rule.powell * sBs:
+    if rule.powell and rule.powell_on == "inverse":
+        s = powell_for_inverse(torch.linalg.inv(B), s, y, rule.powell)
+    elif rule.powell and sy < rule.powell * sBs:
         theta = (1 - rule.powell) * sBs / (sBs - sy)
         y = theta * y + (1 - theta) * (B @ s)
     y = second(s, y, rule)
@@ -41,10 +44,7 @@ def direct(B: Tensor, s: Tensor, y: Tensor, rule: Rule, first: bool) -> tuple[Te
 
 def inverse(H: Tensor, s: Tensor, y: Tensor, rule: Rule, first: bool) -> tuple[Tensor, bool]:
     """H after one pair, by Powell's rule for H."""
-    sy, yHy = float(s @ y), float(y @ H @ y)
-    if rule.powell and sy < rule.powell * yHy:
-        theta = (1 - rule.powell) * yHy / (yHy - sy)
-        s = theta * s + (1 - theta) * (H @ y)
+    s = powell_for_inverse(H, s, y, rule.powell) if rule.powell else s
     y = second(s, y, rule)
     if not float(s @ y) > rule.skip * float(s.norm()) * float(y.norm()):
         return H, False
@@ -53,6 +53,14 @@ def inverse(H: Tensor, s: Tensor, y: Tensor, rule: Rule, first: bool) -> tuple[T
     eye, rho = torch.eye(len(s), dtype=s.dtype), 1 / float(s @ y)
     left = eye - rho * torch.outer(s, y)
     return left @ H @ left.T + rho * torch.outer(s, s), True
+
+
+def powell_for_inverse(H: Tensor, s: Tensor, y: Tensor, mu: float) -> Tensor:
+    sy, yHy = float(s @ y), float(y @ H @ y)
+    if sy >= mu * yHy:
+        return s
+    theta = (1 - mu) * yHy / (yHy - sy)
+    return theta * s + (1 - theta) * (H @ y)
 
 
 def second(s: Tensor, y: Tensor, rule: Rule) -> Tensor:
@@ -138,12 +146,15 @@ def kbfgs(
     weights: list[Tensor], batches: Sequence[tuple[Tensor, Tensor]], activate: Callable[[Tensor], Tensor], loss: Callable[[Tensor, Tensor], Tensor],
     *, lr: float, damping: float, beta: float, rule: Rule, decay: float, initial: float | None,
 ) -> list[Tensor]:  # fmt: skip
-    """K-BFGS of a multi-layer perceptron with weights [W, b] (out, in + 1), all factors damped by sqrt(damping); `initial` * I is the first H_g."""
+    """K-BFGS of a multi-layer perceptron with weights [W, b] (out, in + 1), all factors damped by sqrt(damping); `initial` * I is the first H_g.
+
+    A takes the batch in before the step, both inverses after it.
+    """
     root = damping**0.5
     weights = [w.clone() for w in weights]
     A: list[Tensor] = [torch.zeros(w.shape[1], w.shape[1], dtype=w.dtype) for w in weights]
     weight = 0.0
-    H_a: list[Tensor | None] = [None] * len(weights)
+    A_LM, H_a = list(A), list(A)
     first = 1 / (1 + root) if initial is None else initial
     H_g = [first * torch.eye(len(w), dtype=w.dtype) for w in weights]
     average = [(torch.zeros(len(w), dtype=w.dtype), torch.zeros(len(w), dtype=w.dtype)) for w in weights]
@@ -165,17 +176,15 @@ def kbfgs(
         weight = beta * weight + 1 - beta
         for k, a in enumerate(inputs):
             A[k] = beta * A[k] + (1 - beta) * a.T @ a / len(a)
-            A_LM = A[k] / weight + root * torch.eye(a.shape[1], dtype=a.dtype)
-            old = H_a[k]
-            if old is None:
-                H_a[k] = torch.linalg.inv(A_LM)
-            else:
-                s = old @ a.mean(0)
-                H_a[k] = inverse(old, s, A_LM @ s, Rule(powell=0.0), False)[0]
+            A_LM[k] = A[k] / weight + root * torch.eye(a.shape[1], dtype=a.dtype)
+            if not path:
+                H_a[k] = torch.linalg.inv(A_LM[k])
         weights_old = weights
-        weights = [w - lr * H_g[k] @ (grads[k].T @ inputs[k]) @ H_a[k] for k, w in enumerate(weights_old)]  # type: ignore[operator]
+        weights = [w - lr * H_g[k] @ (grads[k].T @ inputs[k]) @ H_a[k] for k, w in enumerate(weights_old)]
         _, moved, moved_grads = run(x, t)
         for k in range(len(weights)):
+            along = H_a[k] @ inputs[k].mean(0)
+            H_a[k] = inverse(H_a[k], along, A_LM[k] @ along, Rule(powell=0.0), False)[0]
             old_s, old_y = average[k]
             s = decay * old_s + (1 - decay) * (moved[k].mean(0) - outputs[k].mean(0))
             y = decay * old_y + (1 - decay) * (moved_grads[k].sum(0) - grads[k].sum(0))

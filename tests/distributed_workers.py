@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nets
 import precond
+from precond import search
 from precond.likelihoods.categorical import Categorical
 from precond.matrices import BatchedEmpiricalFisher
 
@@ -36,7 +37,8 @@ class Case:
     """One training run.
 
     ends: of the ranks' shares. micro: backward passes a step, the first ones under `no_sync`. nan: the last rank's data is NaN in step
-    `NAN_STEP`. conv: the network has convolutions. weighted: each rank's loss has the weight n_r * world / N. ddp: arguments of DistributedDataParallel.
+    `NAN_STEP`. conv: the network has convolutions. weighted: each rank's loss has the weight n_r * world / N. ddp: arguments of
+    DistributedDataParallel. lr: of SGD. closure: the loop is `optimizer.step(closure)`. alone: each rank decides about an update by its own loss.
     """
 
     make: Callable[[], precond.Preconditioner]
@@ -46,13 +48,16 @@ class Case:
     conv: bool = False
     weighted: bool = True
     ddp: tuple[tuple[str, bool], ...] = ()
+    lr: float = 0.1
+    closure: bool = False
+    alone: bool = False
 
 
 def _recipe(name: str, **arguments: Any) -> Callable[[], precond.Preconditioner]:
     return lambda: precond.recipe(name, **{"solver_interval": 2, "seed": 5, **arguments})
 
 
-def _cell(matrix: Any, representation: str, solver: Any, damping: Any = 0.1, **options: Any) -> Callable[[], precond.Preconditioner]:
+def _cell(matrix: Any, representation: Any, solver: Any, damping: Any = 0.1, **options: Any) -> Callable[[], precond.Preconditioner]:
     return lambda: precond.Preconditioner(matrix=matrix, repr=representation, solver=solver, damping=damping, seed=5, **options)
 
 
@@ -84,9 +89,25 @@ CASES["batched_terms-unequal"] = Case(_cell(BatchedEmpiricalFisher(scale="terms"
 CASES["rows-unequal"] = Case(_cell("ggn", "full_low_rank", "smw", history=precond.history.Window(2)), ends=UNEQUAL)
 CASES["rows-nan"] = Case(_cell("empirical_fisher", "layer_gram", "smw"), nan=True)
 CASES["rows-given"] = Case(_cell("gradient_covariance", "unit_gram", "smw", loss_weights="given"), ends=UNEQUAL)
+CASES["sparse-unequal"] = Case(_cell("ggn", "layer_sparse", "sparse_cholesky", history=0.9), ends=UNEQUAL)
+CASES["sparse-nan"] = Case(_cell("empirical_fisher", "full_sparse", "sparse_cholesky", history=0.9), nan=True)
+CASES["masked-given"] = Case(
+    _cell("ggn", precond.representations.LayerSparse(form="masked", pattern="unit"), TIGHT["solver"], loss_weights="given"), ends=UNEQUAL
+)
+CASES["pruned-unequal"] = Case(_cell("ggn", "diagonal_sparse", "elementwise", history=0.9), ends=UNEQUAL)
+CASES["sketch-unequal"] = Case(_cell("ggn", precond.representations.FullLowRank(rank=6, method="sketch"), "smw", history=0.9), ends=UNEQUAL)
+CASES["lanczos-unequal"] = Case(_cell("hessian", precond.representations.FullLowRank(rank=6, products=20), "smw", 3.0), ends=UNEQUAL)
+CASES["lanczos-given"] = Case(
+    _cell("hessian", precond.representations.LayerLowRank(rank=4, products=15), "smw", 3.0, history=0.9, loss_weights="given"), ends=UNEQUAL
+)
+CASES["lanczos-nan"] = Case(_cell("hessian", precond.representations.FullLowRank(rank=6, products=20), "smw", 3.0), nan=True)
 CASES["kfac-given"] = Case(_recipe("kfac", loss_weights="given"), ends=UNEQUAL)
 CASES["hessian_free-given"] = Case(lambda: precond.recipe("hessian_free", loss_weights="given", **TIGHT), ends=UNEQUAL)
 CASES["kfac-buckets"] = Case(METHODS["kfac"], ddp=(("gradient_as_bucket_view", True), ("find_unused_parameters", True)))
+for _name, _search, _lr in (("reject", precond.transforms.Reject(), 0.8), ("backtrack", precond.transforms.Backtrack(reductions=8), 6.0)):
+    CASES[f"{_name}-unequal"] = Case(_cell("ggn", "layer", "cholesky", transforms=[_search]), ends=UNEQUAL, lr=_lr, closure=True)
+ALONE = {"reject-alone": replace(CASES["reject-unequal"], alone=True)}
+"""A control: the ranks part."""
 CONTROLS = {f"{name}-unweighted": Case(METHODS[name], ends=UNEQUAL, weighted=False) for name in ("kfac_exact", "shampoo")}
 
 
@@ -117,7 +138,7 @@ def _train(case: Case, wrap: Callable[[nn.Module], nn.Module], rank: int | None)
     """(STEPS, P): the parameters after every step; `rank` None is one process on the whole batch."""
     plain, criterion = nets.seeded(_conv if case.conv else _mlp), nn.CrossEntropyLoss()
     model = wrap(plain)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.0 if case.nan else 0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=case.lr, momentum=0.0 if case.nan else 0.9)
     path = []
     with case.make().attach(model, criterion, optimizer):
         for step in range(STEPS):
@@ -129,8 +150,15 @@ def _train(case: Case, wrap: Callable[[nn.Module], nn.Module], rank: int | None)
                 start, end = (0, *case.ends)[rank : rank + 2]
                 weight = (end - start) * len(case.ends) / EXAMPLES if case.weighted else 1.0
                 inputs = inputs * float("nan") if bad and rank == len(case.ends) - 1 else inputs
-            optimizer.zero_grad()
-            _accumulate(model, criterion, inputs[start:end], targets[start:end], case.micro if rank is not None else 1, weight)
+            def evaluate() -> Tensor:
+                optimizer.zero_grad()
+                return _accumulate(model, criterion, inputs[start:end], targets[start:end], case.micro if rank is not None else 1, weight)  # noqa: B023  # called in this step
+
+            if case.closure:
+                optimizer.step(evaluate)
+                path.append(torch.cat([p.detach().flatten() for p in plain.parameters()]))
+                continue
+            evaluate()
             if bad and rank is None:  # the others' gradient is NaN after the reduction: the step is not made
                 for p in plain.parameters():
                     assert p.grad is not None
@@ -140,14 +168,16 @@ def _train(case: Case, wrap: Callable[[nn.Module], nn.Module], rank: int | None)
     return torch.stack(path)
 
 
-def _accumulate(model: nn.Module, criterion: nn.Module, inputs: Tensor, targets: Tensor, micro: int, weight: float) -> None:
-    """One step's backward passes; only the last one reduces the gradients."""
+def _accumulate(model: nn.Module, criterion: nn.Module, inputs: Tensor, targets: Tensor, micro: int, weight: float) -> Tensor:
+    """One step's backward passes; only the last one reduces the gradients. The loss of the last one."""
     pieces = list(zip(inputs.chunk(micro), targets.chunk(micro), strict=True))
     for x, y in pieces[:-1]:
         with model.no_sync():
             (criterion(model(x), y) * weight / micro).backward()
     x, y = pieces[-1]
-    (criterion(model(x), y) * weight / micro).backward()
+    loss = criterion(model(x), y) * weight / micro
+    loss.backward()
+    return loss.detach()
 
 
 def single(case: Case) -> Tensor:
@@ -171,8 +201,10 @@ def worker(rank: int, world: int, folder: str, misbehave: str) -> None:
         time.sleep(600)
     fix_labels()
     paths = {}
-    for name, case in (CASES | CONTROLS).items():
+    mean = search._mean
+    for name, case in (CASES | CONTROLS | ALONE).items():
         doing.write_text(f"the case {name!r}")
+        search._mean = (lambda loss, group: float(loss)) if case.alone else mean
         paths[name] = _train(case, lambda model, case=case: DistributedDataParallel(model, **dict(case.ddp)), rank)
     torch.save(paths, Path(folder, f"rank{rank}.pt"))
     doing.write_text("leaving")

@@ -27,6 +27,7 @@ from precond.operators import (
     KroneckerSum,
     LowRank,
     LowRankEigen,
+    MadePrecision,
     MatrixFree,
     Operator,
     Probed,
@@ -314,6 +315,12 @@ def sparse_precision(seed: int) -> Specimen:
     return SparsePrecision(blocks, parents), torch.linalg.inv(IB.T @ torch.diag(1 / D) @ IB)
 
 
+def made_precision(seed: int) -> Specimen:
+    C, M = sparse_precision(seed)
+    assert isinstance(C, SparsePrecision)
+    return C.materialise(), M
+
+
 # --- wrappers
 
 
@@ -425,6 +432,7 @@ SPECIMENS: dict[type[Operator], tuple[Maker, ...]] = {
     KroneckerSum: (kronecker_sum, kronecker_axes, kronecker_axes_stack, kronecker_power_mean),
     LowRank: (low_rank, low_rank_full, low_rank_weighted, low_rank_indefinite, low_rank_centred, low_rank_stack),
     LowRankEigen: (low_rank_eigen, low_rank_eigen_stack),
+    MadePrecision: (made_precision,),
     MatrixFree: (matrix_free,),
     Probed: (probed,),
     RootShifted: (root_shifted, root_shifted_low_rank),

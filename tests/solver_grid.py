@@ -130,7 +130,7 @@ ROWS: dict[str, tuple[dict[str, Any], set[str], bool]] = {
     ),
     "elementwise": ({}, {"diagonal", "kronecker_eigen", "low_rank_eigen"}, True),
     "smw": ({}, ROW_FORMS | KRONECKER, True),
-    "bfgs": ({}, {"secant", "secant_kronecker", "secant_memory"}, False),
+    "bfgs": ({}, set(STRUCTURES), False),
     "sparse_cholesky": ({}, {"sparse_precision"}, False),
     "newton_schulz": ({"tolerance": 1e-13}, DENSE | KRONECKER, True),
     "qr_iteration": ({}, DENSE | KRONECKER, True),
@@ -167,9 +167,9 @@ def refused(solver: str, structure: str, damping: str, power: float) -> str | No
         (structure in KRONECKER and damping == "tikhonov") or (damping == "outside" and (power != 1 or structure in KRONECKER))
     ):
         return "Factored damping of a Kronecker"
-    if solver in ("cholesky", "lu", "bfgs") and structure in KRONECKER and damping in ("tikhonov", "outside"):
+    if (solver, structure) == ("bfgs", "secant_kronecker") and damping in ("tikhonov", "outside"):  # its pair is that of a factor
         return "use Factored damping"
-    if solver in ("cholesky", "lu", "bfgs", "smw") and structure in KRONECKER and (damping in ("tikhonov", "outside") or power != 1):
+    if solver in ("cholesky", "lu", "smw") and structure in KRONECKER and (damping in ("tikhonov", "outside") or power != 1):
         return "use Factored damping"
     if solver == "sparse_cholesky" and damping in ("tikhonov", "outside"):
         return "use Blockwise damping"

@@ -2,6 +2,7 @@
 
 - Tikhonov is C + value I for every structure, Outside is (C^p + value I)^(1/p), Factored is the pi-corrected formula of K-FAC, for any
   number of factors, any scale and exponent, and per product of a stack;
+- Factored damping of a power is what every solver of Kronecker operators inverts, to the powers 1, 1/2, 1/4 and 1/6;
 - Factored exceeds C + value I by a semi-definite matrix (identity 23), does not see A -> c A, B -> B / c, equals C at value 0, and takes
   pi = 1 where a trace is zero;
 - structures are kept, so that solvers can use them; a boost raises the value; bad values and cells are refused with a sentence;
@@ -10,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,9 @@ from torch.testing import assert_close
 
 from precond.damping import Factored, Outside, Tikhonov, resolve
 from precond.errors import InvalidCombination
+from precond.inversion import inverse
 from precond.operators import BlockDiagonal, Dense, Diagonal, Kronecker, KroneckerEigen, MatrixFree, Operator, RootShifted, Shifted
+from precond.solvers import get
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -111,6 +115,39 @@ def test_factored_with_three_factors_a_scale_and_an_exponent() -> None:
     assert_close(Factored(value)(Kronecker(B, A, d, exponent=e, scale=scale)).to_dense(), expected, **EXACT)
     tensor_scale = torch.tensor(scale, dtype=torch.float64)
     assert_close(Factored(value)(Kronecker(B, A, d, exponent=e, scale=tensor_scale)).to_dense(), expected, **EXACT)
+
+
+def factored_by_hand(factors: list[Tensor], e: float, value: float) -> Tensor:
+    """The formula on F_m^e, each by an eigendecomposition."""
+    raised = [root(F, e) for F in factors]
+    w = torch.stack([F.trace() / len(F) for F in raised])
+    shifts = value ** (1 / len(w)) * w / w.log().mean().exp()
+    return functools.reduce(torch.kron, [F + shift * eye(len(F)) for F, shift in zip(raised, shifts, strict=True)])
+
+
+FACTORS = [B, A, definite(2, seed=7)]
+POWERED = [("cholesky", 1), ("lu", 1), ("smw", 1), ("bfgs", 1), *((s, p) for s in ("eigen", "newton_schulz", "qr_iteration") for p in (1, 2, 4, 6))]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("inside", [1.0, 0.5, "1/k"])
+@pytest.mark.parametrize(("solver", "root_of"), POWERED, ids=str)
+def test_factored_damping_of_a_power_is_what_every_kronecker_solver_inverts(solver: str, root_of: int, inside: Any, k: int) -> None:
+    """Shampoo's (F_1^e (x) ... (x) F_k^e + ...)^(-1/(2k)) and its like: the exponent before the damping, the power after it."""
+    e, p, factors = (1 / k if inside == "1/k" else inside), 1 / root_of, FACTORS[:k]
+    expected = factored_by_hand(factors, e, 0.07)
+    C = Kronecker(*factors, exponent=e)
+    P = inverse(C, solver=solver, damping=Factored(0.07), power=p)
+    assert_close(P.damped.to_dense(), expected, **EXACT)
+    options = {"tolerance": 1e-13} if solver == "newton_schulz" else {}
+    made = get(solver)(**options, **({"power": p} if p != 1 else {}))  # type: ignore[arg-type]
+    assert_close(inverse(C, solver=made, damping=Factored(0.07)).to_dense(), root(expected, -p), rtol=1e-10, atol=1e-10)
+    if k > 1:
+        with pytest.raises(AssertionError):  # negative: it is not C + value I
+            assert_close(expected, C.to_dense() + 0.07 * eye(C.n), rtol=1e-3, atol=1e-3)
+    if e != 1:
+        with pytest.raises(AssertionError):  # negative: damped before the exponent it is another matrix
+            assert_close(expected, root(factored_by_hand(factors, 1.0, 0.07), e), rtol=1e-3, atol=1e-3)
 
 
 def test_factored_balances_each_product_of_a_stack() -> None:

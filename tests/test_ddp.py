@@ -6,7 +6,7 @@
 * with equal batches and plain mean losses; with unequal batches where each rank's loss is weighted by n_r * world / N; with gradient
   accumulation under `no_sync`; with loss_weights="given";
 * a rank with NaN data contributes weight zero to the statistics: later steps are those of one process that saw only the others' data;
-* all ranks hold the same parameters, to the last bit;
+* all ranks hold the same parameters, to the last bit, also where an update is rejected or shortened by the mean of their losses;
 * drawn labels differ between ranks, and are the same when drawn again;
 * a worker that hangs or raises is reported by rank within a time limit, and none is left behind (the harness itself).
 """
@@ -100,6 +100,17 @@ def test_how_the_batch_is_split_does_not_matter(method: str, ranks: list[dict[st
 def test_unequal_batches_need_their_weights(name: str, ranks: list[dict[str, Tensor]]) -> None:
     """Negative control: without the weights n_r * world / N the ranks' losses are another mean."""
     assert (ranks[0][name] - workers.single(workers.CONTROLS[name])).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["reject", "backtrack"])
+def test_an_update_is_taken_back_on_all_ranks_alike(name: str, ranks: list[dict[str, Tensor]]) -> None:
+    """By the mean loss; that they hold the same parameters in each step is shown above. Control: by its own loss each rank goes its own way."""
+    path = ranks[0][f"{name}-unequal"]
+    stays = [bool(torch.equal(a, b)) for a, b in zip(path[1:], path[:-1], strict=True)]
+    whole = workers.single(workers.replace(workers.CASES[f"{name}-unequal"], make=workers._cell("ggn", "layer", "cholesky")))
+    assert not torch.equal(path[-1], whole[-1]) and (not all(stays)), "some of it stays, and not all"
+    assert name != "reject" or any(stays)
+    assert not torch.equal(ranks[0]["reject-alone"], ranks[1]["reject-alone"])
 
 
 def test_labels_are_drawn_by_rank() -> None:

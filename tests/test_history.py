@@ -30,10 +30,15 @@ AVERAGING: dict[str, History] = {
     "ema": Ema(0.9),
     "ema_biased": Ema(0.9, debias=False),
     "martens": Ema(0.7, schedule="martens"),
+    "first": Ema(0.7, schedule="first"),
     "sum": Sum(0.5),
+    "sum_decay": Sum(0.5, decay=0.8),
     "mean": Mean(),
     "window": Window(3),
     "window_sum": Window(3, reduction="sum"),
+    "window_padded": Window(7, reduction="padded"),
+    "window_decay": Window(3, decay=0.5),
+    "window_sum_decay": Window(3, reduction="sum", decay=0.5),
     "local": Local(),
 }
 every = pytest.mark.parametrize("history", AVERAGING.values(), ids=AVERAGING.keys())
@@ -66,6 +71,17 @@ def expected(name: str) -> Tensor:
             beta = min(1 - 1 / t, 0.7)
             value = beta * value + (1 - beta) * x
         return value
+    if name == "first":
+        value = XS[0]
+        for x in XS[1:]:
+            value = 0.7 * value + 0.3 * x
+        return value
+    if name == "sum_decay":
+        return 0.8**5 * 0.5 * torch.eye(2, dtype=torch.float64) + sum(0.8 ** (4 - t) * x for t, x in enumerate(XS))
+    if name.endswith("decay"):
+        return (0.25 * XS[2] + 0.5 * XS[3] + XS[4]) / (1.0 if name == "window_sum_decay" else 1.75)
+    if name == "window_padded":
+        return sum(XS) / 7
     total = {"sum": 0.5 * torch.eye(2, dtype=torch.float64) + sum(XS), "mean": sum(XS) / 5, "window_sum": sum(XS[2:]), "local": XS[4]}
     return total.get(name, sum(XS[2:]) / 3)  # type: ignore[arg-type,return-value]
 
@@ -192,6 +208,21 @@ def test_a_window_of_rows_holds_the_last_observations_each_with_its_number_of_ro
     assert_close(read(Local(), run(Local(), rows, "U"), "U"), rows[-1])
 
 
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1, 1), (1, 3, 2, 1, 2)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "padded"])
+def test_rows_of_a_window_age_with_their_gram_matrix(reduction: Any, counts: tuple[int, ...]) -> None:
+    spec, kept, history = {"U": Stat("rows", gram=True), "a": Stat("rows", degree=0.0)}, None, Window(3, reduction=reduction, decay=0.6)
+    rows = [torch.randn(k, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i, k in enumerate(counts)]
+    for steps, x in enumerate(rows, start=1):
+        kept = history.merge(kept, {"U": x, "a": x}, spec)
+        ages = [(r, 0.6**age) for age, r in enumerate(reversed(rows[:steps][-3:]))]
+        total = {"mean": sum(w for _, w in ages), "sum": 1.0, "padded": 3.0}[reduction]
+        out = history.read(kept, spec)
+        assert_close(out["U"].T @ out["U"], sum(w * r.T @ r for r, w in ages) / total, **EXACT)
+        assert_close(out["U.gram"], out["U"] @ out["U"].T, **EXACT)
+        assert_close(out["a"], torch.cat(rows[:steps][-3:]), **EXACT)  # what does not scale with the loss does not age
+
+
 @pytest.mark.parametrize("counts", [(1, 1, 1, 1), (1, 3, 2, 1)])
 def test_an_invalid_observation_of_rows_adds_nothing(counts: tuple[int, ...]) -> None:
     rows = [torch.full((k, 2), i + 1.0, dtype=torch.float64) for i, k in enumerate(counts)]
@@ -224,6 +255,11 @@ def test_options_are_checked_when_made() -> None:
         Ema(0.9, schedule="linear")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="initial value"):
         Sum(-1.0)
+    for decay in (0.0, 1.1):
+        with pytest.raises(ValueError, match="decay of a Sum"):
+            Sum(decay=decay)
+        with pytest.raises(ValueError, match="decay of a Window"):
+            Window(2, decay=decay)
     with pytest.raises(ValueError, match="at least 1"):
         Window(0)
     with pytest.raises(ValueError, match="reduction"):

@@ -296,6 +296,7 @@ RULES: list[dict[str, Any]] = [
     {},
     {"powell": 0.0},
     {"powell": 0.9},
+    {"powell": 0.9, "powell_on": "inverse"},
     {"scale_initial": True},
     {"second": "add", "amount": 0.3},
     {"pairs": "gradients"},

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 import dense_psgd
 from precond.damping import Factored, Tikhonov
 from precond.errors import InvalidCombination
-from precond.operators import BlockDiagonal, Dense, Fit, Pairs
+from precond.operators import BlockDiagonal, Fit, Pairs
 from precond.solvers import PSGD
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
@@ -271,10 +271,8 @@ def test_factors_are_balanced_now_and_then_and_their_product_is_as_it_was() -> N
 
 def test_options_and_operators_are_checked() -> None:
     for options, message in (
-        ({"update": "QE"}, "choose 'EQ'"), ({"normaliser": "max"}, "'largest'"), 
+        ({"update": "QE"}, "choose 'EQ'"), ({"normaliser": "max"}, "'largest'"), ({"structure": "kronecker"}, "'low_rank'"), ({"probes": 0}, "at least 1"),
         ({"step": 2.0}, r"\(0, 1\]"), ({"decay": 1.0}, r"\[0, 1\)"), ({"initial": -1.0}, "positive"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             PSGD(**options)  # type: ignore[arg-type]
-    with pytest.raises(InvalidCombination, match="takes Pairs"):
-        PSGD().init(Dense(torch.eye(2)), NONE)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import precond
 from precond.matrices import BatchedFisherMC, FisherMC
+from precond.solvers import PSGD
 from references.common import NETWORKS, Drawn, Network, theta
 
 
@@ -43,21 +44,28 @@ def cases() -> list[tuple[str, str, str]]:
 
 
 _MEMBERS = ("matrix", "repr", "solver", "history", "damping")
+_AXES: dict[str, Any] = {"matrix": precond.matrices, "repr": precond.representations, "solver": precond.solvers}
 
 
 def overrides(recipe: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """The overrides of a variant, where a table of plain data changes the options of the recipe's own member.
 
-    With a "name" the table is that of a recipe file, which replaces the member: `{"history": {"name": "Sum", "initial": 1e-2}}`.
+    With a "name" the table is that of a recipe file, which replaces the member: `{"history": {"name": "Sum", "initial": 1e-2}}`. So are
+    those of the list of transforms.
     """
     made = dict(arguments)
+    if any(isinstance(spec, dict) for spec in made.get("transforms", [])):
+        made["transforms"] = [
+            getattr(precond.transforms, spec["name"])(**{k: v for k, v in spec.items() if k != "name"}) for spec in made["transforms"]
+        ]
     built = precond.recipe(recipe)
     for key in _MEMBERS:
         if isinstance(made.get(key), dict):
             options = dict(made[key])
             own = built.options.history if key == "history" else getattr(built.triple, key)
             if "name" in options:
-                made[key] = getattr(getattr(precond, key), options.pop("name"))(**options)
+                name = options.pop("name")
+                made[key] = (_AXES[key].get(name) if key in _AXES else getattr(getattr(precond, key), name))(**options)
             else:
                 made[key] = dataclasses.replace(own, **options)
     return made
@@ -103,7 +111,33 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     monkeypatch.setattr(probes, "_draw", draw)
     for matrix in (FisherMC, BatchedFisherMC):
         spy_on(matrix)
+    _spy_on_psgd(monkeypatch, record)
     return record
+
+
+def _spy_on_psgd(monkeypatch: pytest.MonkeyPatch, record: Drawn) -> None:
+    """Noted from the first probes on, since a cell is tried on a specimen before."""
+    low_rank = importlib.import_module("precond.solvers.psgd_low_rank")
+    noise, start, learn = PSGD._noise, low_rank.start, low_rank.learn
+
+    def noted_noise(self: Any, pairs: Any, count: int) -> Tensor:
+        drawn = noise(self, pairs, count)
+        record.noise += [drawn] if record.probes else []
+        return drawn
+
+    def noted_start(*arguments: Any) -> dict[str, Any]:
+        Q: dict[str, Any] = start(*arguments)
+        record.factors += [(Q["U"], Q["V"])] if record.probes else []
+        return Q
+
+    def noted_learn(*arguments: Any, U_moves: bool) -> dict[str, Any]:
+        record.moves += [U_moves] if record.probes else []
+        Q: dict[str, Any] = learn(*arguments, U_moves=U_moves)
+        return Q
+
+    monkeypatch.setattr(PSGD, "_noise", noted_noise)
+    monkeypatch.setattr(low_rank, "start", noted_start)
+    monkeypatch.setattr(low_rank, "learn", noted_learn)
 
 
 def test_every_recipe_has_a_reference() -> None:

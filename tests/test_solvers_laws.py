@@ -2,10 +2,14 @@
 
 - A stack equals its blocks; a singular undamped operator raises, it gives no NaN; indefinite operators are taken, mended or refused.
 - Identities 22 (SMW), 23 (exact Kronecker damping), 26 (powers), each with a case in which it fails.
+- Learned inverses (`psgd`, `riemannian`) are linear, symmetric and positive at every refresh, and go on bit by bit from a file.
 - `inverse`: blocks, powers, what is inverted is `damped`.
 """
 
 from __future__ import annotations
+
+import io
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +29,8 @@ from precond.operators import (
     Operator,
     Shifted,
 )
-from precond.solvers import CG, LU, Cholesky, Eigen, Elementwise, create, names
-from solver_grid import DIRECT, EXACT, ROWS, STRUCTURES, basis, conditioned, draw, eye, matrix_free, network, power_of, prepared
+from precond.solvers import CG, LU, Cholesky, Eigen, Elementwise, create, get, names
+from solver_grid import DIRECT, EXACT, LEARNED, ROWS, STRUCTURES, basis, conditioned, draw, eye, matrix_free, network, power_of, prepared
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "lu", "eigen", "cg"])
@@ -164,6 +168,45 @@ def test_identity_26_powers(structure: str) -> None:
     outside = inverse(C, solver="eigen", damping=Outside(0.1), power=0.5)
     with pytest.raises(AssertionError):  # negative: outside the power it is another matrix
         assert_close(outside @ g, half @ g, **EXACT)
+
+
+@pytest.mark.parametrize("solver", ["eigen", "elementwise", "smw", "krylov", "newton_schulz", "qr_iteration"])
+def test_identity_26_powers_compose_for_every_solver_that_has_them(solver: str) -> None:
+    assert {name for name, (_, _, powers) in ROWS.items() if powers} == {"eigen", "elementwise", "smw", "krylov", "newton_schulz", "qr_iteration"}
+    C = STRUCTURES[{"elementwise": "kronecker_eigen", "smw": "low_rank"}.get(solver, "dense")]()
+    g, options = draw(C.n), ROWS[solver][0]
+    sixth, quarter, half, one = (inverse(C, solver=get(solver)(power=p, **options), damping=0.1) for p in (1 / 6, 0.25, 0.5, 1.0))
+    assert_close(half @ (half @ g), one @ g, **EXACT)
+    assert_close(quarter @ (quarter @ g), half @ g, **EXACT)
+    assert_close(sixth @ (sixth @ (sixth @ g)), half @ g, **EXACT)
+    with pytest.raises(AssertionError):  # negative
+        assert_close(half @ g, one @ g, **EXACT)
+
+
+LEARNED_FROM: dict[str, list[str]] = {
+    "psgd": ["dense", "dense_stack", "diagonal", "kronecker", "kronecker_three", "kronecker_stack", "kronecker_eigen", "matrix_free", "gram"],
+    "riemannian": ["dense", "dense_stack", "diagonal", "kronecker", "kronecker_three", "kronecker_stack"],
+}
+
+
+@pytest.mark.parametrize(("solver", "structure"), [(s, c) for s, found in LEARNED_FROM.items() for c in found])
+def test_learned_inverses_keep_the_laws_at_every_refresh(solver: str, structure: str) -> None:
+    """Linear, symmetric, positive, columns as vectors, and going on bit by bit from a file, long before they are the inverse."""
+    made, C = create(solver), STRUCTURES[structure]()
+    rule, V = made.natural_damping(type(C))(0.1), draw(C.n, 3, seed=4)
+    state: dict[str, Any] = {}
+    for _ in range(6):
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        again, state = made.refresh(torch.load(file, weights_only=True), C, rule), made.refresh(state, C, rule)
+        P = made.apply(state, eye(C.n))[0]
+        assert torch.equal(made.apply(again, eye(C.n))[0], P)
+        assert_close(P, P.T, **EXACT)
+        assert torch.linalg.eigvalsh((P + P.T) / 2).min() > 0
+        for result in (made.apply(state, V)[0], torch.stack([made.apply(state, v)[0] for v in V.T], 1)):
+            assert_close(result, P @ V, **EXACT)
+    assert set(LEARNED_FROM) == LEARNED
 
 
 def test_shampoo_is_the_quarter_power_of_each_of_two_factors() -> None:

@@ -52,15 +52,27 @@ _MADE_OF: dict[Kind, Kind] = {"pairs": "product", "whitening": "gradient"}
 
 
 def _kinds(representation: Representation, solver: Solver) -> tuple[Kind, ...]:
-    """What the representation can be built from; where the solver follows some kinds of observation, those of them alone."""
+    """What the representation can be built from, after what the solver follows, if it does; that alone where it takes no operator."""
     if not solver.follows:
         return representation.requests
-    return tuple(kind for kind in (*representation.requests, *representation.followed) if kind in solver.follows)
+    followed = tuple(kind for kind in (*representation.requests, *representation.followed) if kind in solver.follows)
+    others = tuple(kind for kind in representation.requests if kind not in followed)
+    return followed + others if Operator in solver.accepts else followed
 
 
 def resolve_kind(matrix: Matrix, representation: Representation, solver: Solver) -> Kind | None:
     """The first kind of observation that all three agree on; whoever has products or a gradient has pairs."""
-    return next((kind for kind in _kinds(representation, solver) if _MADE_OF.get(kind, kind) in matrix.supplies), None)
+    given = [kind for kind in _kinds(representation, solver) if _MADE_OF.get(kind, kind) in matrix.supplies]
+    if not solver.follows:
+        return next(iter(given), None)
+    return next((kind for kind in given if _unfit(representation.over(kind), solver) is None), next(iter(given), None))
+
+
+def _unfit(held: Representation, solver: Solver) -> str | None:
+    """Why a solver cannot fit its structure to the pairs that a representation holds, or None."""
+    if held.structure is not Pairs or held.fit in solver.fits:
+        return None
+    return f"solver {solver.name!r} does not fit a {held.fit} structure to pairs, which representation {held.name!r} has"
 
 
 def _words(kinds: tuple[str, ...]) -> str:
@@ -76,18 +88,19 @@ def why_not(matrix: Matrix, representation: Representation, solver: Solver) -> s
     if not kinds:
         return f"solver {solver.name!r} follows {_words(solver.follows)}, and representation {representation.name!r} has no form for them"
     if kind is None:
-        who = f"solver {solver.name!r} follows" if solver.follows else f"representation {representation.name!r} is built from"
+        alone = solver.follows and Operator not in solver.accepts
+        who = f"solver {solver.name!r} follows" if alone else f"representation {representation.name!r} is built from"
         return f"{who} {_words(kinds)}, but matrix {matrix.name!r} gives only {_words(matrix.supplies)}"
     held = representation.over(kind)
     structure = held.structure
-    if structure is Pairs and held.fit not in solver.fits:
-        return f"solver {solver.name!r} does not fit a {held.fit} structure to pairs, which representation {representation.name!r} has"
+    if (unfit := _unfit(held, solver)) is not None:
+        return unfit
     if matrix.centred and not (representation.centres or kind in ("product", "pairs")):
         return f"representation {representation.name!r} has no form from which the outer product of a mean can be taken, as {matrix.name!r} needs"
     if not solver.takes(structure):
         taken = ", ".join(sorted({s.__name__ for s in solver.accepts}))
         return f"solver {solver.name!r} takes {taken} operators, but representation {representation.name!r} makes a {structure.__name__}"
-    if not matrix.definite and solver.power != 1 and getattr(solver, "spectrum", "auto") not in ("abs", "clamp"):
+    if not (matrix.definite or held.definite) and solver.power != 1 and getattr(solver, "spectrum", "auto") not in ("abs", "clamp"):
         return (
             f"matrix {matrix.name!r} is indefinite and has no real power -{solver.power:g}: use power=1, "
             "or spectrum='abs' or 'clamp' of the 'eigen' or 'elementwise' solver"

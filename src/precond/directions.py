@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,23 +18,42 @@ from precond.options import OnNonfinite
 from precond.transforms import Scene, Transform
 
 
-def directions(
-    blocks: Sequence[BlockState], gradients: Tensors, transforms: Sequence[tuple[Transform, dict[str, Any]]], rates: Mapping[str, float],
-    started: bool, diagnostics: Diagnostics,
-) -> tuple[Tensors, Tensors]:  # fmt: skip
-    """(direction, raw gradient) by block, for the blocks that have a gradient in this step.
+Transforms = Sequence[tuple[Transform, dict[str, Any]]]
+"""Each with its state."""
 
-    started: whether the preconditioner is applied yet; before, the direction is the transformed gradient.
-    """
+
+@dataclass(frozen=True)
+class Vectors:
+    """By block, for the blocks that have a gradient in this step: the raw gradient, and what is preconditioned."""
+
+    raw: Tensors
+    moved: Tensors
+
+    def by_parameter(self, blocks: Sequence[BlockState]) -> Tensors:
+        """What is preconditioned, by parameter."""
+        return {n: v for b in blocks if b.name in self.moved for n, v in b.plan.block.scatter(self.moved[b.name]).items()}
+
+
+def gathered(blocks: Sequence[BlockState], gradients: Tensors, transforms: Transforms) -> Vectors:
+    """The vectors of a step."""
     raw = {b.name: b.plan.block.gather(_filled(b, gradients)) for b in blocks if any(n in gradients for n in b.plan.block.names)}
-    vectors = raw
+    moved = raw
     for transform, state in transforms:
-        vectors = transform.before(vectors, state)
-    found = {b.name: _apply(b, vectors[b.name], diagnostics) if started else vectors[b.name] for b in blocks if b.name in raw}
-    scene = Scene(raw, rates, started, {b.name: b.plan.block.tiling for b in blocks if b.plan.block.tiling is not None})
+        moved = transform.before(moved, state)
+    return Vectors(raw, moved)
+
+
+def directions(
+    blocks: Sequence[BlockState], vectors: Vectors, transforms: Transforms, rates: Mapping[str, float], started: bool, diagnostics: Diagnostics
+) -> Tensors:
+    """Directions by block. started: whether the preconditioner is applied yet; before, the direction is the transformed gradient."""
+    raw, moved = vectors.raw, vectors.moved
+    found = {b.name: _apply(b, moved[b.name], diagnostics) if started else moved[b.name] for b in blocks if b.name in raw}
+    tilings = {b.name: b.plan.block.tiling for b in blocks if b.plan.block.tiling is not None}
+    scene = Scene(raw, rates, started, tilings, {b.name: b.plan.block.shape for b in blocks})
     for transform, state in transforms:
-        found = transform.after(vectors, found, state, scene)
-    return found, raw
+        found = transform.after(moved, found, state, scene)
+    return found
 
 
 def _filled(block: BlockState, gradients: Tensors) -> Tensors:
@@ -58,7 +78,7 @@ def finite_only(
 ) -> Tensors | None:
     """Directions by parameter, zero for a block that is not finite; None where the whole step is to be skipped."""
     # a square that overflows is as good as infinite: such a step would leave parameters whose next loss is none
-    flags = {name: numerics.all_finite([raw[name].norm(), direction.norm(), raw[name], direction]) for name, direction in found.items()}
+    flags = {name: numerics.all_finite([raw[name].norm(), direction.norm()]) for name, direction in found.items()}  # NaN and inf stay in a norm
     if on_nonfinite != "zero" and flags and not bool(torch.stack(list(flags.values())).all()):
         bad = ", ".join(name for name, flag in flags.items() if not bool(flag))
         if on_nonfinite == "raise":

@@ -42,7 +42,8 @@ class Ema(Accumulator):
     Args:
         beta: the weight of the OLD value, in [0, 1).
         debias: divide by the weight 1 - beta^t, so that the average of a constant is that constant from the first step.
-        schedule: "constant", or "martens": beta_t = min(1 - 1/t, beta), a plain mean until beta is reached, which needs no bias correction.
+        schedule: "constant"; "martens": beta_t = min(1 - 1/t, beta), a plain mean until beta is reached; or "first": the first observation is
+            copied, S_1 = X_1 (Eva, TNT, mini-block Fisher). The last two need no bias correction.
 
     >>> spec = {"A": Stat("mean")}
     >>> history = Ema(0.9)
@@ -52,13 +53,13 @@ class Ema(Accumulator):
 
     beta: float
     debias: bool = True
-    schedule: Literal["constant", "martens"] = "constant"
+    schedule: Literal["constant", "martens", "first"] = "constant"
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta is the weight of the old value and lies in [0, 1), not {self.beta}; for one step use history='local'.")
-        if self.schedule not in ("constant", "martens"):
-            raise ValueError(f"the schedule of an Ema is 'constant' or 'martens', not {self.schedule!r}.")
+        if self.schedule not in ("constant", "martens", "first"):
+            raise ValueError(f"the schedule of an Ema is 'constant', 'martens' or 'first', not {self.schedule!r}.")
 
     def _rates(self, result: Statistics, name: str, x: Tensor, valid: Tensor) -> tuple[float | Tensor, float | Tensor]:
         if self.schedule == "constant":
@@ -66,7 +67,7 @@ class Ema(Accumulator):
         count = result.get(name + COUNT)
         count = torch.zeros((), dtype=torch.float64, device=x.device) if count is None else count
         result[name + COUNT] = count + valid.to(count.dtype)
-        beta = (1 - 1 / (count + 1)).clamp(max=self.beta)
+        beta = (1 - 1 / (count + 1)).clamp(max=self.beta) if self.schedule == "martens" else self.beta * (count > 0).to(count.dtype)
         return beta, 1 - beta
 
     def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
@@ -76,10 +77,11 @@ class Ema(Accumulator):
 
 @dataclass(frozen=True)
 class Sum(Accumulator):
-    """The sum of all observations, as in AdaGrad and Shampoo.
+    """The sum of all observations, S <- decay S + X, as in AdaGrad and Shampoo.
 
     Args:
         initial: enters once: initial * I for an entry of form "matrix", initial everywhere for "diagonal", nothing for "plain".
+        decay: in (0, 1]; below 1 the old is forgotten and the sum is bounded, 1 / (1 - decay) times an average (TONGA).
 
     >>> spec = {"L": Stat("mean", form="matrix")}
     >>> history = Sum(0.5)
@@ -89,10 +91,13 @@ class Sum(Accumulator):
     """
 
     initial: float = 0.0
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.initial < float("inf"):
             raise ValueError(f"the initial value of a Sum is finite and at least 0, not {self.initial}.")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"the decay of a Sum is what the old is multiplied by and lies in (0, 1], not {self.decay}.")
 
     def supports(self, stat: Stat) -> bool:
         return super().supports(stat) and (stat.kind != "rows" or self.initial == 0)  # a multiple of I has no few rows
@@ -103,7 +108,7 @@ class Sum(Accumulator):
         return torch.full_like(x, self.initial if stat.form == "diagonal" else 0.0)
 
     def _rates(self, result: Statistics, name: str, x: Tensor, valid: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        return 1.0, 1.0
+        return self.decay, 1.0
 
     def _read(self, statistics: Statistics, name: str, stat: Stat) -> Tensor:
         value: Tensor = statistics[name]
@@ -129,7 +134,9 @@ class Window(History):
 
     Args:
         m: the number of observations.
-        reduction: "mean" or "sum", over the observations so far.
+        reduction: "mean" or "sum", over the observations so far; or "padded", the sum divided by m, as if zeros were in the places that none
+            has yet (M-FAC).
+        decay: in (0, 1], the weight of each observation against the next one's (GGT).
 
     >>> spec = {"U": Stat("rows")}
     >>> history, kept = Window(2), None
@@ -140,20 +147,24 @@ class Window(History):
     """
 
     m: int
-    reduction: Literal["mean", "sum"] = "mean"
+    reduction: Literal["mean", "sum", "padded"] = "mean"
+    decay: float = 1.0
+
     def __post_init__(self) -> None:
         if isinstance(self.m, bool) or not isinstance(self.m, int) or self.m < 1:
             raise ValueError(f"a Window holds a whole number of observations, at least 1, not {self.m!r}.")
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"the reduction of a Window is 'mean' or 'sum', not {self.reduction!r}.")
+        if self.reduction not in ("mean", "sum", "padded"):
+            raise ValueError(f"the reduction of a Window is 'mean', 'sum' or 'padded', not {self.reduction!r}.")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"the decay of a Window is the weight of an observation against the next one's, in (0, 1], not {self.decay}.")
 
     def _merge(self, result: Statistics, name: str, x: Tensor, stat: Stat, valid: Tensor) -> None:
         weight = result.get(name + WEIGHT, torch.zeros(self.m, dtype=torch.float64, device=x.device))  # of each place, oldest first
-        pushed = torch.cat([weight[1:], valid.to(weight.dtype)[None]])
+        pushed = torch.cat([weight[1:] * self.decay, valid.to(weight.dtype)[None]])
         if stat.kind == "mean":
             stack = result.get(name, x.new_zeros(self.m, *x.shape))
             check_shape(name, stack[0], x)
-            new, exchangeable = torch.cat([stack[1:], x[None]]), True
+            new, exchangeable = torch.cat([stack[1:] * self.decay, x[None]]), True
         else:
             # how many rows each place has: on the CPU, where shapes are known
             counts = result.get(name + COUNT, torch.zeros(self.m, dtype=torch.int64))
@@ -163,12 +174,13 @@ class Window(History):
                     f"the rows {name!r} changed their shape from {tuple(stack.shape[1:])} to {tuple(x.shape[1:])}, so that one window cannot hold "
                     "both: give all batches the same length, or use history='local'."
                 )
-            new = torch.cat([part for part in (stack[gone:], x) if len(part)] or [x])
+            aged = stack[gone:] * self.decay ** (stat.degree / 2) if self.decay < 1 else stack[gone:]
+            new = torch.cat([part for part in (aged, x) if len(part)] or [x])
             exchangeable = bool((counts == x.shape[0]).all())
             result[name + COUNT] = torch.cat([counts[1:], torch.tensor([x.shape[0]])])
             if stat.gram:
                 old = result.get(name + GRAM)
-                rolled = _rolled(old, new, gone, len(x))
+                rolled = _rolled(None if old is None else old * self.decay**stat.degree, new, gone, len(x))
                 result[name + GRAM] = rolled if old is None or not exchangeable else torch.where(valid, rolled, old)
         result[name] = torch.where(valid, new, stack) if exchangeable else new
         result[name + WEIGHT] = torch.where(valid, pushed, weight) if exchangeable else pushed
@@ -180,7 +192,7 @@ class Window(History):
 
     def _weight(self, statistics: Statistics, name: str) -> Tensor:
         weights: Tensor = statistics[name + WEIGHT]
-        return weights.sum() if self.reduction == "mean" else torch.ones((), dtype=torch.float64, device=weights.device)
+        return weights.sum() if self.reduction == "mean" else weights.new_full((), self.m if self.reduction == "padded" else 1)
 
     def read(self, statistics: Statistics, spec: Mapping[str, Stat]) -> Statistics:
         grams = {

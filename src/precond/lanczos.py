@@ -1,4 +1,4 @@
-"""The Lanczos process: functions of a symmetric operator times a vector, from products alone."""
+"""The Lanczos process: eigenpairs of a symmetric operator and functions of it times a vector, from products alone."""
 
 from __future__ import annotations
 
@@ -93,3 +93,52 @@ def largest_eigenvalue(product: Product, start: Tensor, steps: int) -> Tensor:
     found = tridiagonalise(product, start, steps)
     values, vectors = eigh(found.dense)
     return (values.abs() + found.rest * vectors[-1].abs()).amax()
+
+
+def eigenpairs(product: Product, draw: Callable[[], Tensor], steps: int) -> tuple[Tensor, Tensor]:
+    """Ritz values (k,) and orthonormal vectors (n, k) of a symmetric operator after at most `steps` products, k <= steps.
+
+    They are eigenvalues and eigenvectors once k reaches the number of distinct eigenvalues; before, the outer ones are found first. A Krylov
+    space holds one vector of each eigenspace, so that where it is exhausted the process goes on from a new start orthogonal to it, until
+    that has the product zero: all that is left out then has eigenvalue zero. A product that is not finite makes all values NaN.
+
+    draw: start vectors (n,), all the same on all ranks. Cost k products and 8 k^2 n. Sources: Lanczos 1950; Saad, "Numerical methods
+    for large eigenvalue problems", chapter 6.
+
+    >>> C = torch.diag(torch.tensor([2.0, 2.0, -3.0, 0.0]))
+    >>> values, _ = eigenpairs(lambda v: C @ v, lambda: torch.randn(4), steps=4)
+    >>> [round(v, 3) for v in values.tolist() if abs(v) > 1e-3]
+    [-3.0, 2.0, 2.0]
+    """
+    start = draw()
+    values, vectors = start.new_zeros(0), start.new_zeros(len(start), 0)
+    left = min(steps, len(start))
+    while left > 0:
+        size = values.abs().amax() if len(values) else start.new_zeros(())
+        found = tridiagonalise(_outside(vectors, product, size), _off(vectors, start), left)
+        if not bool(found.dense.isfinite().all()):
+            return found.diagonal * torch.nan, found.basis
+        d, Z = eigh(found.dense)
+        values, vectors = torch.cat([values, d]), torch.cat([vectors, found.basis @ Z], 1)
+        if not bool((d != 0).any()):
+            break
+        left, start = left - len(d), draw()
+    return values, vectors
+
+
+def _off(V: Tensor, x: Tensor) -> Tensor:
+    """The part of x (n,) orthogonal to the columns of V, to rounding."""
+    for _ in range(2):
+        x = x - V @ (V.T @ x)
+    return x
+
+
+def _outside(V: Tensor, product: Product, size: Tensor) -> Product:
+    """The operator on vectors orthogonal to V, an invariant space; what is rounding beside eigenvalues of this size is zero."""
+
+    def apply(x: Tensor) -> Tensor:
+        image = _off(V, product(x))
+        noise = 10 * torch.finfo(x.dtype).eps * size * len(x) ** 0.5
+        return torch.where(image.norm() <= noise, 0.0, image)
+
+    return apply

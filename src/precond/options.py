@@ -11,10 +11,11 @@ from precond import schedule
 from precond.errors import InvalidCombination
 from precond.history import History, Local
 from precond.layers import ROW_LAYOUTS
-from precond.observe import SHARED
+from precond.observe import SHARED, Kind
 from precond.plan import Overrides
 from precond.representations import Representation
 from precond.schedule import Schedule
+from precond.solvers import Solver
 from precond.transforms import Transform
 
 Interval = int | Callable[[int], bool]
@@ -42,13 +43,13 @@ class Options:
 
 
 def make_options(
-    representation: Representation, *, transforms: Sequence[Transform] | None, history: str | float | History, curvature_interval: Interval,
-    solver_interval: Interval | None, start_step: int, before_start: BeforeStart, overrides: Overrides | None, strict: bool,
+    representation: Representation, solver: Solver, kind: Kind, *, transforms: Sequence[Transform] | None, history: str | float | History,
+    curvature_interval: Interval, solver_interval: Interval | None, start_step: int, before_start: BeforeStart, overrides: Overrides | None, strict: bool,
     loss_weights: LossWeights, on_nonfinite: OnNonfinite, rows: Mapping[str, str] | None, self_check: bool,
 ) -> Options:  # fmt: skip
     """Options from the arguments of `Preconditioner`; raises one sentence for a value that has no meaning."""
     resolved = histories.resolve(history)
-    check_history(resolved, representation)
+    check_history(resolved, representation, solver, kind)
     if not representation.averaged and not isinstance(resolved, Local):
         raise InvalidCombination(
             f"representation {representation.name!r} holds pairs here, which are averaged in the matrix or by the solver that follows them: use "
@@ -75,8 +76,16 @@ def make_options(
     )  # fmt: skip
 
 
-def check_history(history: History, representation: Representation) -> None:
-    """A representation that lives one step averages nothing, and rows only where their number is bounded."""
+def check_history(history: History, representation: Representation, solver: Solver, kind: Kind) -> None:
+    """A representation that lives one step averages nothing, and rows only where their number is bounded; a solver may average by itself.
+
+    What a solver follows is no average, and what is kept beside it (the input moment of K-BFGS) is the history's.
+    """
+    if solver.averages and kind not in solver.follows and not isinstance(history, Local):
+        raise InvalidCombination(
+            f"solver {solver.name!r} averages in its own state, which a history would do a second time: use history='local', and the options of the "
+            "solver for how fast it forgets."
+        )
     if representation.live and not isinstance(history, Local):
         raise InvalidCombination(
             f"representation {representation.name!r} holds products that live one step, so nothing can be averaged: use history='local'."

@@ -12,7 +12,7 @@ from precond import numerics, trust
 from precond.blocks import Block, Partition
 from precond.blockstate import BlockState
 from precond.damping import Damping
-from precond.directions import directions, finite_only
+from precond.directions import Vectors, directions, finite_only, gathered
 from precond.distributed import Group
 from precond.errors import UsageError
 from precond.likelihoods import Likelihood
@@ -20,6 +20,7 @@ from precond.observe import LossReader, Observer, SelfCheck, Tensors
 from precond.options import Options, check_history
 from precond.plan import Plan, Triple, make_plan
 from precond.progress import Progress
+from precond.transforms import Transform
 from precond.trust import Origin, Outcome
 from precond.update import Assembly, Observations
 
@@ -81,7 +82,7 @@ class Session:
         kept = {b.name: b for b in self.blocks}
         self.blocks = []
         for block_plan in plan.blocks:
-            check_history(self.options.history, block_plan.repr)
+            check_history(self.options.history, block_plan.repr, block_plan.solver, block_plan.kind)
             fresh, old = BlockState(block_plan, self.options.history), kept.get(block_plan.block.name)
             if old is not None and _coordinates(old.plan.block) == _coordinates(block_plan.block) and old.plan.triple == block_plan.triple:
                 fresh.statistics, fresh.state, fresh.failures, fresh.level = old.statistics, old.state, old.failures, old.level
@@ -154,13 +155,23 @@ class Session:
             raise UsageError("step() was called twice for one backward pass: p.grad holds the preconditioned gradient already.")
         gradients = {n: _wide(p.grad) if scale is None else _wide(p.grad) / scale for n, p in params.items() if p.grad is not None}
         with numerics.full_precision(next(iter(params.values())).device.type):  # a whole loop may be under autocast
+            vectors = gathered(self.blocks, gradients, [] if self._waits else self._transforms)
             if self.due():
-                self._observe(gradients)
-            self._write(params, self._directions(gradients), scale)
+                self._observe(gradients, vectors)
+            self._write(params, None if self._waits else self._directions(vectors), scale)
         self._written = list(_marks(params))
         return True
 
-    def _observe(self, gradients: Tensors) -> None:
+    @property
+    def _waits(self) -> bool:
+        """Whether no parameter moves in this step."""
+        return self.options.before_start == "nothing" and not self._started
+
+    @property
+    def _transforms(self) -> list[tuple[Transform, dict[str, Any]]]:
+        return list(zip(self.options.transforms, self.progress.transforms, strict=True))
+
+    def _observe(self, gradients: Tensors, vectors: Vectors) -> None:
         if not self.observer.parts and self.needs_criterion:
             raise UsageError(
                 "this step differentiated no loss that the preconditioner saw: compute it with the attached criterion on the model's output "
@@ -168,9 +179,10 @@ class Session:
             )
         names = {p.name for b in self.plan.blocks if b.kind in ("gradient", "whitening") for p in b.block.parameters}
         tensors = self.plan.partition.tensors
-        complete = {n: gradients[n] if n in gradients else torch.zeros_like(_wide(tensors[n])) for n in names}
+        zeros = {n: torch.zeros_like(_wide(tensors[n])) for n in names if n not in gradients}
+        moved = vectors.by_parameter(self.blocks) if any(b.matrix.of_momentum for b in self.plan.blocks) else {}
         assembly = self._assembly()
-        self._merge(assembly, assembly.observations(complete), [b for b in self.blocks if b.plan.repr.stages], "stages")
+        self._merge(assembly, assembly.observations(gradients | zeros, zeros | moved), [b for b in self.blocks if b.plan.repr.stages], "stages")
         self.progress.diagnostics.count("observations")
         pairs = {n: p for d in self.plan.demands if d.kind == "secant" for n, p in d.params.items()}
         if any(b.plan.repr.after for b in self.blocks):
@@ -212,15 +224,11 @@ class Session:
     def _started(self) -> bool:
         return self.progress.step >= self.options.start_step
 
-    def _directions(self, gradients: Tensors) -> Tensors | None:
-        options, progress = self.options, self.progress
-        if options.before_start == "nothing" and progress.step < options.start_step:
-            return None
-        transforms = list(zip(options.transforms, progress.transforms, strict=True))
-        tensors = self.plan.partition.tensors
+    def _directions(self, vectors: Vectors) -> Tensors | None:
+        progress, transforms, tensors = self.progress, self._transforms, self.plan.partition.tensors
         rates = {b.name: self.setting(tensors[b.plan.block.names[0]], "lr", 1.0) for b in self.blocks} if transforms else {}
-        found, raw = directions(self.blocks, gradients, transforms, rates, progress.step >= options.start_step, progress.diagnostics)
-        return finite_only(self.blocks, found, raw, options.on_nonfinite, progress.step, progress.diagnostics)
+        found = directions(self.blocks, vectors, transforms, rates, self._started, progress.diagnostics)
+        return finite_only(self.blocks, found, vectors.raw, self.options.on_nonfinite, progress.step, progress.diagnostics)
 
     def _write(self, params: dict[str, nn.Parameter], found: Tensors | None, scale: Tensor | None) -> None:
         for name, p in params.items():

@@ -113,7 +113,7 @@ def _record(observer: Observer, plan: Plan, criterion: nn.Module, likelihood: Li
 
 def _build(observer: Observer, plan: Plan, gradients: Tensors, likelihood: Likelihood, group: Group) -> list[BlockState]:
     assembly = Assembly(plan, observer, group, "normalised" if likelihood.reduction != "sum" else "given", 1.0)
-    observations = assembly.observations(gradients)
+    observations = assembly.observations(gradients, gradients)
     states = [BlockState(p, Local()) for p in plan.blocks]
     for stage in dict.fromkeys(s for b in states for s in b.plan.repr.stages):
         assembly.merge(states, observations, stage)

@@ -29,6 +29,7 @@ class Stat:
         gram: of rows (n, *batch, p): a history that concatenates them keeps their Gram matrix (*batch, n, n) beside them, NAME + GRAM, and
             computes the products of new rows only.
         truncation: of rows (n, *batch, p): how a history that averages keeps their number bounded; it refuses rows without.
+        whole: made of what is already summed over parts and ranks, with their weights: neither reduced nor scaled again.
 
     >>> Stat("mean", form="matrix").degree
     1.0
@@ -39,6 +40,7 @@ class Stat:
     form: Form = "plain"
     gram: bool = False
     truncation: Truncation | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

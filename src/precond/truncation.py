@@ -47,6 +47,12 @@ class Truncation:
         """Whether anything is ever left out."""
         return self.rank is not None or self._by_size
 
+    def __str__(self) -> str:
+        said = [] if self.rank is None else [f"rank {self.rank}" + (f" to {self.rank + self.gather}" if self.gather else "")]
+        said += [] if self.energy is None else [f"{self.energy:g} of the trace"]
+        said += [] if not self.tolerance else [f"values above {self.tolerance:g} of the largest"]
+        return ", ".join(said) or "all"
+
     @property
     def _by_size(self) -> bool:
         return self.energy is not None or self.tolerance > 0
@@ -60,7 +66,7 @@ class Truncation:
         if not self.cuts or (not self._by_size and n <= (self.rank or 0)):
             return rows
         values, vectors = eigh(rows @ rows.mT if gram is None else gram)
-        chosen, vectors = self._choose(values.flip(-1).clamp(min=0)), vectors.flip(-1)
+        chosen, vectors = self.choose(values.flip(-1).clamp(min=0)), vectors.flip(-1)
         most = min(n, width, self.rank or n)
         if self._by_size:
             most = max(1, min(most, int(chosen.sum(-1).max())))
@@ -84,9 +90,9 @@ class Truncation:
         order = eigen.values.abs().argsort(-1, descending=True)
         values = eigen.values.gather(-1, order)
         vectors = eigen.vectors.gather(-1, order.unsqueeze(-2).expand_as(eigen.vectors))
-        return LowRank(vectors.mT @ operator.rows, values * self._choose(values.abs()))
+        return LowRank(vectors.mT @ operator.rows, values * self.choose(values.abs()))
 
-    def _choose(self, values: Tensor) -> Tensor:
+    def choose(self, values: Tensor) -> Tensor:
         """Which of the eigenvalues (*batch, n), in descending order, are kept: 1 or 0."""
         kept = torch.ones_like(values)
         if self.rank is not None:

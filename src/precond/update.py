@@ -54,8 +54,10 @@ class Assembly:
         self.plan, self.observer, self.group = plan, observer, group
         self.given, self.amp_scale = loss_weights == "given", amp_scale
 
-    def observations(self, gradients: Tensors) -> list[Observation | Measured]:
-        return [self._one(number, gradients) for number in range(len(self.plan.demands))]
+    def observations(self, gradients: Tensors, moved: Tensors) -> list[Observation | Measured]:
+        """moved: what is preconditioned, after transforms, by parameter, where a matrix is of it."""
+        matrices: list[Any] = [demand.matrix for demand in self.plan.demands]
+        return [self._one(number, moved if matrix.of_momentum else gradients) for number, matrix in enumerate(matrices)]
 
     def _one(self, number: int, gradients: Tensors) -> Observation | Measured:
         demand = self.plan.demands[number]
@@ -231,7 +233,7 @@ class Assembly:
             shared = not isinstance(observation, _REDUCED)
             weights.append(weight if shared else weight / self.group.size)
             for name, value in new.items():
-                if block.spec[name].kind in ("mean", "state") and shared and self.group.several:
+                if block.spec[name].kind in ("mean", "state") and shared and self.group.several and not block.spec[name].whole:
                     entries.append((i, name))
                     tensors.append(torch.where(flag, value, torch.zeros_like(value)) * weight.to(value.dtype))
         sums = self.group.sum([*weights, *tensors])
@@ -257,7 +259,7 @@ class Assembly:
             if isinstance(observations[block.plan.demand], _REDUCED):
                 continue
             for name, value in new.items():
-                if block.spec[name].kind == "rows":
+                if block.spec[name].kind == "rows" and not block.spec[name].whole:
                     entries[f"{block.name}: {name}"] = (i, name)
                     rows[f"{block.name}: {name}"] = torch.where(flag, value, 0.0) * block.spec[name].scale(share).to(value.dtype)
         for key, value in self.group.concatenate(rows).items():
@@ -267,7 +269,7 @@ class Assembly:
     @staticmethod
     def _scale_given(block: BlockState, new: dict[str, Any], total: Tensor) -> None:
         for name, stat in block.spec.items():
-            if name in new and stat.kind != "local":
+            if name in new and stat.kind != "local" and not stat.whole:
                 new[name] = new[name] * stat.scale(total).to(new[name].dtype)
 
 

@@ -29,10 +29,17 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass
 class Drawn:
-    """What the run under test drew. labels: (N,) classes, one entry an observation. probes: (samples, P) vectors v, likewise."""
+    """What the run under test drew, in order.
+
+    labels: (N,) classes, one entry an observation. probes: (samples, P) vectors v, likewise. Of `psgd`, an entry each update of a block: noise (m, n)
+    beside h; factors, the first U and V (n, r) of a low-rank Q, once a block; moves, whether it is U that moves.
+    """
 
     labels: list[Tensor] = field(default_factory=list)
     probes: list[Tensor] = field(default_factory=list)
+    noise: list[Tensor] = field(default_factory=list)
+    factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    moves: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,10 @@ NETWORKS = {
     "conv": Network(lambda: nets.seeded(_conv), nn.CrossEntropyLoss(), _classes(5, 2, 4, 4)),
     "linear": Network(
         lambda: nets.seeded(lambda: nn.Linear(3, 2)), nn.MSELoss(), lambda t: (nets.normal(12, 3, seed=10 + t), nets.normal(12, 2, seed=50 + t))
+    ),
+    # fewer examples than a unit has inputs
+    "wide": Network(
+        lambda: nets.seeded(lambda: nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3))), nn.CrossEntropyLoss(), _classes(4, 9)
     ),
     # every gradient has full rank, so that no second moment of one has a null space
     "square": Network(

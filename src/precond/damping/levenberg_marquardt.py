@@ -31,6 +31,7 @@ class LevenbergMarquardt(Formed):
         form: how l is added; see `Formed`.
         factor, lower, upper: 2/3, 1/4 and 3/4 are Martens' rule (Hessian-free, ICML 2010).
         every: adapt at every so many observed steps.
+        offset: in [0, every): adapt after the steps offset, offset + every, ..., counted from 1; 0: after `every`, 2 `every`, ...
         include_damping: q has the term in brackets, as in K-FAC. On an exact quadratic rho is 1 only without it.
         curvature: "block": M is made of the operators that the blocks hold; or the name of a matrix that gives products, such as "ggn" or
             "fisher": that of all parameters together, by replay at theta (about 1.6 training steps).
@@ -45,6 +46,7 @@ class LevenbergMarquardt(Formed):
     lower: float = 0.25
     upper: float = 0.75
     every: int = 1
+    offset: int = 0
     include_damping: bool = False
     curvature: str = BLOCK
     smallest: float = 1e-12
@@ -56,10 +58,10 @@ class LevenbergMarquardt(Formed):
             raise ValueError(
                 f"LevenbergMarquardt(factor={self.factor}): what the damping is multiplied by after a good step lies in (0, 1)."
             )
-        if not self.lower < self.upper or self.every < 1 or not 0 <= self.smallest <= self.largest < math.inf:
+        if not self.lower < self.upper or not 0 <= self.offset < self.every or not 0 <= self.smallest <= self.largest < math.inf:
             raise ValueError(
-                f"LevenbergMarquardt needs lower < upper, every >= 1 and 0 <= smallest <= largest, not lower={self.lower}, upper={self.upper}, "
-                f"every={self.every}, smallest={self.smallest}, largest={self.largest}."
+                f"LevenbergMarquardt needs lower < upper, every >= 1, 0 <= offset < every and 0 <= smallest <= largest, not lower={self.lower}, "
+                f"upper={self.upper}, every={self.every}, offset={self.offset}, smallest={self.smallest}, largest={self.largest}."
             )
 
     @classmethod
@@ -76,7 +78,7 @@ class LevenbergMarquardt(Formed):
         return self.curvature
 
     def asks(self, state: Mapping[str, Any]) -> str | None:
-        return self.curvature if (int(state.get("steps", 0)) + 1) % self.every == 0 else None
+        return self.curvature if (int(state.get("steps", 0)) + 1) % self.every == self.offset else None
 
     def at(self, step: int = 0, decay: float = 0.0, state: Mapping[str, Any] | None = None) -> Damping:
         value = (state or {}).get("value", self._first(step))

@@ -14,6 +14,8 @@ from precond.errors import ObservationError
 from precond.observe import LayerColumns, Tensors
 
 ROW_LAYOUTS = ("flattened", "second")
+ROWS_AT_ONCE = 1 << 18
+"""Numbers in the rows that are formed, or copied into another layout, at once, where what is made of them is not larger anyway."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,13 @@ class Rule(ABC):
     def outputs(self, seen: LayerColumns) -> Tensor:
         """G of the normal form, (K, G, N, R, out); only where `linear` is True."""
         raise NotImplementedError(f"the rule {type(self).__name__} is not linear.")
+
+    def input_moment(self, seen: LayerColumns, homogeneous: bool) -> tuple[Tensor, int] | None:
+        """The sum of a a^T over the rows that `inputs` gives, (G, in', in'), and their number, where that is cheaper than to form them, else None.
+
+        homogeneous: a has a 1 at its end.
+        """
+        return None
 
     def rows(self, seen: LayerColumns) -> Rows:
         """The normal form; only where `linear` is True."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from precond.bags import entries
 from precond.layers.base import OneHot, Rule, arrange, layer_grad, output_grad, wide
 from precond.layers.registration import register
 from precond.observe import LayerColumns, Tensors
@@ -95,32 +96,11 @@ class EmbeddingBag(Rule):
 
 
 def _entries(module: nn.EmbeddingBag, seen: LayerColumns, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(index (E,), bag (E,), share (E, 1 or width)) of every entry of every bag: what of the bag's output it is the source of."""
+    """Of one call, see `precond.bags.entries`; shares in the dtype of g."""
     given: dict[str, Any] = dict(zip(("input", "offsets", "per_sample_weights"), seen.args, strict=False)) | dict(seen.kwargs)
-    index, weights = given["input"], given.get("per_sample_weights")
-    if index.dim() == 2:
-        owner = torch.arange(len(index), device=index.device).repeat_interleave(index.shape[1])
-    else:
-        starts = given["offsets"][:-1] if module.include_last_offset else given["offsets"]
-        places = torch.arange(len(index), device=index.device, dtype=starts.dtype)
-        owner = torch.searchsorted(starts, places, right=True) - 1
-    index = index.reshape(-1)
-    kept = torch.ones_like(index, dtype=torch.bool) if module.padding_idx is None else index != module.padding_idx
-    index, owner = index[kept], owner[kept]
-    if module.mode == "max":
-        return index, owner, _largest(module, index, owner, g)
-    share = g.new_ones(len(index)) if weights is None else wide(weights).reshape(-1)[kept]
-    if module.mode == "mean":
-        share = share / torch.bincount(owner, minlength=g.shape[1])[owner]
-    return index, owner, share.unsqueeze(1)
-
-
-def _largest(module: nn.EmbeddingBag, index: Tensor, owner: Tensor, g: Tensor) -> Tensor:
-    """(E, width): 1 at the first largest entry of each bag, as torch chooses it."""
-    rows = wide(module.weight.detach())[index]
-    bag = owner[:, None].expand_as(rows)
-    top = rows.new_full((g.shape[1], rows.shape[1]), -torch.inf).scatter_reduce(0, bag, rows, "amax")
-    place = torch.arange(len(index), device=index.device)[:, None].expand_as(rows)
-    among = torch.where(rows == top[owner], place, len(index))
-    first = torch.full_like(top, len(index), dtype=torch.long).scatter_reduce(0, bag, among, "amin")
-    return (place == first[owner]).to(g.dtype)
+    weights = given.get("per_sample_weights")
+    index, owner, share = entries(
+        wide(module.weight.detach()), given["input"], given.get("offsets"), None if weights is None else wide(weights),
+        mode=module.mode, padding_idx=module.padding_idx, last_offset=module.include_last_offset, bags=g.shape[1],
+    )  # fmt: skip
+    return index, owner, share.to(g.dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from precond.matrices.base import REGISTRY, Matrix
-from precond.operators import Absolute, BlockDiagonal, Dense, Diagonal, Operator, Pairs
+from precond.operators import Absolute, BlockDiagonal, Dense, Diagonal, LowRank, Operator, Pairs
 
 
 @REGISTRY.register("abs_hessian")
@@ -16,7 +16,7 @@ class AbsHessian(Matrix):
     """Absolute Hessian: V |L| V^T with H = V L V^T, positive semi-definite; its inverse leaves saddle points (saddle-free Newton).
 
     What is averaged over batches and steps is H, since absolute values do not add; the absolute value is taken of the
-    average: exactly on dense blocks and diagonals, and on products by `steps` of the Lanczos process (exact when the
+    average: exactly on dense blocks, diagonals and low-rank forms, and on products by `steps` of the Lanczos process (exact when the
     Krylov space is exhausted). Cost: as `hessian`; `steps` products for each product. Source: Dauphin et al.,
     "Identifying and attacking the saddle point problem", 2014.
 
@@ -43,6 +43,9 @@ class AbsHessian(Matrix):
         if isinstance(operator, Dense):
             values, vectors = torch.linalg.eigh(operator.matrix)
             return Dense((vectors * values.abs().unsqueeze(-2)) @ vectors.mT)
+        if isinstance(operator, LowRank):
+            eigen = operator.spectral()
+            return LowRank(eigen.vectors.mT @ operator.rows, eigen.values.abs())
         if isinstance(operator, BlockDiagonal):
             return operator.with_blocks({name: self.finish(block) for name, block in operator.blocks.items()})
         if isinstance(operator, Pairs):  # what is fitted to pairs of H is |H|

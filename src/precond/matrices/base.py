@@ -62,6 +62,11 @@ class Matrix(ABC):
         return False
 
     @property
+    def of_momentum(self) -> bool:
+        """Its gradient is the vector that is preconditioned: the step's, after what transforms made of it."""
+        return False
+
+    @property
     def chained(self) -> bool:
         """The moments of outputs follow from one another along a sequential model, by `output_moments`."""
         return False

@@ -18,8 +18,10 @@ class BatchedEmpiricalFisher(Matrix):
     that where gradients of terms are independent with mean zero the expectation is that of `empirical_fisher`, whatever
     the batch size. With unequal weights c_i of the terms N is sum c_i / sum c_i^2, which is 1 for a sum-reduced loss and
     does not change with AMP's scale; two criteria on one forward pass form one term gradient. g is as the loop made it:
-    the matrix scales with the square of what multiplies the loss. Cost: none; scale="terms" needs the criterion. Source:
-    Duchi, Hazan & Singer, "Adaptive subgradient methods", 2011.
+    the matrix scales with the square of what multiplies the loss. of="momentum": g is the vector that is preconditioned, which
+    the transforms made of the gradient, such as a `Momentum` before the preconditioner (Muon); of one batch, the gradient.
+    Cost: none; scale="terms" needs the criterion. Sources: Duchi, Hazan & Singer, "Adaptive subgradient methods", 2011; Jordan et
+    al., "Muon", 2024.
 
     >>> BatchedEmpiricalFisher().needs_criterion, BatchedEmpiricalFisher(scale="terms").needs_criterion
     (False, True)
@@ -29,11 +31,18 @@ class BatchedEmpiricalFisher(Matrix):
     needs = "nothing beyond the training step; no criterion either"
 
     scale: Literal[1, "terms"] = 1
+    of: Literal["gradient", "momentum"] = "gradient"
 
     def __post_init__(self) -> None:
         if self.scale not in (1, "terms"):
             raise ValueError(f"BatchedEmpiricalFisher(scale={self.scale!r}): choose 1 or 'terms'.")
+        if self.of not in ("gradient", "momentum"):
+            raise ValueError(f"BatchedEmpiricalFisher(of={self.of!r}): choose 'gradient' or 'momentum'.")
 
     @property
     def counts_terms(self) -> bool:
         return self.scale == "terms"
+
+    @property
+    def of_momentum(self) -> bool:
+        return self.of == "momentum"

@@ -10,7 +10,7 @@ from torch import Tensor
 from precond.matrices.base import REGISTRY, Matrix
 from precond.observe import Context, Kind
 from precond.operators import Operator, Secant, SecantKronecker
-from precond.secant import PairRule, Second
+from precond.secant import PairRule, Second, Side
 
 Pairs = Literal["replay", "products", "gradients"]
 
@@ -28,8 +28,8 @@ class BFGSHessian(Matrix):
     - "products": y = H s, H the Hessian of the batch at the new parameters; three more passes.
     - "gradients": y is the difference of successive gradients, of different batches; no more passes, and noise in y.
 
-    Scale: that of the loss as given. powell, second, amount, skip, scale_initial, decay: see `precond.secant.PairRule`. B itself
-    is damped by Powell's rule for B, the solver `bfgs`, which follows the inverse, by the rule for the inverse.
+    Scale: that of the loss as given. powell, powell_on, second, amount, skip, scale_initial, decay: see `precond.secant.PairRule`. B itself
+    is damped by Powell's rule for B, or with powell_on="inverse" by that for its inverse, as the solver `bfgs` damps the inverse that it follows.
     It has no value from one batch: `precond.curvature` takes `pairs=`. Sources: Broyden, Fletcher, Goldfarb and Shanno,
     1970; Powell, "Algorithms for nonlinear constraints that use Lagrangian functions", 1978; Goldfarb, Ren and Bahamou,
     "Practical quasi-Newton methods for training deep neural networks" (K-BFGS), 2020.
@@ -42,6 +42,7 @@ class BFGSHessian(Matrix):
 
     pairs: Pairs = "replay"
     powell: float = 0.2
+    powell_on: Side = "matrix"
     second: Second = "none"
     amount: float = 0.0
     skip: float = 1e-8
@@ -83,5 +84,6 @@ class BFGSHessian(Matrix):
     def rule(self) -> PairRule:
         """How its pairs are damped."""
         return PairRule(
-            powell=self.powell, second=self.second, amount=self.amount, skip=self.skip, scale_initial=self.scale_initial, decay=self.decay
-        )
+            powell=self.powell, powell_on=self.powell_on, second=self.second, amount=self.amount, skip=self.skip,
+            scale_initial=self.scale_initial, decay=self.decay,
+        )  # fmt: skip

@@ -43,6 +43,7 @@ class Recorder(ABC):
         self._key = f"precond.{next(_keys)}"
         self._handles, self._layer_handles = Handles(), Handles()
         self._open: Forward | None = None
+        self._before: dict[str, tuple[Tensor, int, Tensor]] = {}  # buffers before the present pass: themselves, their version, a copy
         self.states: dict[str, dict[str, Tensor]] = {}  # of the generators, before the present call of a layer that draws
         self._multi_output: deque[weakref.ref[Forward]] = deque()
 
@@ -82,6 +83,8 @@ class Recorder(ABC):
             args, kwargs, batch=1 if tensor is None else tensor.shape[0], versions=versions((args, kwargs)),
             rng=save_rng(device), autocast=(device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)),
         )  # fmt: skip
+        if self._keeps_outputs():
+            self._before = {n: (b, b._version, b.detach().clone()) for n, b in model.named_buffers() if not b.is_inference()}
         true_columns = self._wants_true_columns()
         for name, module in self.layers.items():
             if module is not model:  # the model as a layer of its own is seen when its forward pass ends
@@ -149,6 +152,9 @@ class Recorder(ABC):
         nodes = [tensor.grad_fn for tensor in tensors_in(output)]
         if self._keeps_outputs():
             forward.outputs = [tensor.detach() for tensor in tensors_in(output)]
+            now = dict(model.named_buffers())
+            forward.buffers = {n: old for n, (b, version, old) in self._before.items() if now.get(n) is not b or b._version != version}
+            self._before = {}
         for number, node in enumerate(nodes):
             if node is None:
                 continue

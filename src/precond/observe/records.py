@@ -74,6 +74,7 @@ class Forward:
     versions: tuple[int, ...]
     rng: dict[str, Tensor]
     autocast: tuple[str, bool, torch.dtype]
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # as they were before the pass, of those that it wrote to
     calls: list[Call] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)  # detached; only where products will run the pass again
     differentiated: bool = False  # a loss of this pass is part of a step

@@ -21,6 +21,7 @@ from precond.observe.observation import Tensors
 from precond.observe.passes import batched_grad
 from precond.observe.records import CriterionCall, Forward
 from precond.observe.trees import tensors_in, versions
+from precond.observe.twice import TwiceDifferentiable
 
 
 class OutputCurvature(Protocol):
@@ -67,9 +68,10 @@ def replay(call: CriterionCall, model: nn.Module, at: Mapping[str, Tensor] | Non
             "or use a representation that needs no products (any but 'matrix_free')."
         )
     assert call.bridge is not None, "products are demanded before the forward pass, which then keeps the bridge"
-    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}  # a second pass must not move BatchNorm's running statistics twice
+    # copies: a second pass must not move BatchNorm's running statistics, or the vectors of spectral_norm, a second time
+    buffers = {n: forward.buffers.get(n, b).detach().clone() for n, b in model.named_buffers()}
     moved = {} if at is None else {n: at[canonical(n)] for n, _ in model.named_parameters(remove_duplicate=False) if canonical(n) in at}
-    with same_conditions(forward, call.output.device), torch.set_grad_enabled(graph):
+    with same_conditions(forward, call.output.device), torch.set_grad_enabled(graph), TwiceDifferentiable():
         outputs = list(tensors_in(torch.func.functional_call(model, {**buffers, **moved}, forward.args, dict(forward.kwargs))))
         return call.bridge(outputs[call.model_output])
 

@@ -23,7 +23,7 @@ from precond.operators.secant import Probed, Secant, SecantKronecker
 from precond.operators.secant_memory import SecantMemory
 from precond.operators.shifted import RootShifted, Shifted
 from precond.operators.sparse import Sparse
-from precond.operators.sparse_precision import SparsePrecision
+from precond.operators.sparse_precision import MadePrecision, SparsePrecision
 from precond.operators.spectral import Spectral
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "KroneckerSum",
     "LowRank",
     "LowRankEigen",
+    "MadePrecision",
     "MatrixFree",
     "ModeForm",
     "Operator",

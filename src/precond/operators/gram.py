@@ -90,9 +90,10 @@ class Gram(RowForm):
         return total
 
     def _right(self, B: Tensor) -> Tensor:
-        if len(self.pieces) == 1:  # p numbers that need not be copied
-            return self.pieces[0].right(B)
-        return torch.cat([piece.right(B) for piece in self.pieces], dim=-2)
+        total = B.new_empty(*self.batch, self.size, B.shape[-1])  # as long as the parameters: written once, and joined by no copy
+        for piece, part in zip(self.pieces, total.split([piece.size for piece in self.pieces], dim=-2), strict=True):
+            piece.right_into(B, part)
+        return total
 
     def to_dense(self) -> Tensor:
         rows = torch.cat([chunk for piece in self.pieces for chunk in piece.rows()], dim=-1)  # n p, less than the p^2 asked for

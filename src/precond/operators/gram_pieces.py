@@ -36,6 +36,10 @@ class Piece(ABC):
     def right(self, B: Tensor) -> Tensor:
         """U^T B: (*batch, n, k) -> (*batch, p, k)."""
 
+    def right_into(self, B: Tensor, out: Tensor) -> None:
+        """Write U^T B into `out` (*batch, p, k), part of a longer vector whose memory is not initialised."""
+        out.copy_(self.right(B))
+
     @abstractmethod
     def rows(self) -> Iterator[Tensor]:
         """U a few columns at a time, (*batch, n, chunk)."""
@@ -163,8 +167,18 @@ class OuterRows(PositionRows):
         return torch.einsum("...nri,...knric->...knc", self.a, inside).flatten(-3, -2)
 
     def right(self, B: Tensor) -> Tensor:
-        weighted = torch.einsum("...knro,...knc->...nroc", self.g, B.reshape(*self.batch, *self.g.shape[-4:-2], -1))
-        return torch.einsum("...nroc,...nri->...oic", weighted, self.a).flatten(-3, -2)
+        return torch.einsum("...nroc,...nri->...oic", self._weighted(B), self.a).flatten(-3, -2)
+
+    def right_into(self, B: Tensor, out: Tensor) -> None:
+        if self.batch or B.shape[-1] > 1:
+            super().right_into(B, out)
+            return
+        weighted = self._weighted(B).flatten(0, 1).squeeze(-1)
+        out.view(self.g.shape[-1], -1).addmm_(weighted.mT, self.a.flatten(0, 1), beta=0)  # beta 0: what is there is not read
+
+    def _weighted(self, B: Tensor) -> Tensor:
+        """Sum over k of b_ki g_kir, (*batch, N, R, out, c) for c columns b."""
+        return torch.einsum("...knro,...knc->...nroc", self.g, B.reshape(*self.batch, *self.g.shape[-4:-2], -1))
 
 
 class OneHotRows(PositionRows):

@@ -11,6 +11,7 @@ from torch import Tensor
 from precond.operators.base import Operator
 from precond.operators.dense import Dense
 from precond.operators.kronecker import Kronecker
+from precond.operators.secant_memory import SecantMemory
 from precond.secant import PairRule
 
 
@@ -70,7 +71,7 @@ class Probed(Dense):
 
 
 class SecantKronecker(Kronecker):
-    """A Kronecker product one factor of which is a `Secant`: K-BFGS, the other a `Probed` or a diagonal.
+    """A Kronecker product one factor of which is a `Secant` or a `SecantMemory`: K-BFGS, the other a `Probed` or a diagonal.
 
     >>> B = Secant(torch.eye(2), torch.zeros(2), torch.zeros(2))
     >>> SecantKronecker(B, Probed(torch.eye(3), torch.ones(3))).shape
@@ -79,5 +80,5 @@ class SecantKronecker(Kronecker):
 
     def __init__(self, *factors: Tensor | Operator, exponent: float = 1.0, scale: float | Tensor = 1.0) -> None:
         super().__init__(*factors, exponent=exponent, scale=scale)
-        if not any(isinstance(F, Secant) for F in self.factors):
-            raise ValueError("SecantKronecker needs a factor that is a Secant; without a pair it is a Kronecker.")
+        if not any(isinstance(F, (Secant, SecantMemory)) for F in self.factors):
+            raise ValueError("SecantKronecker needs a factor that is a Secant or a SecantMemory; without a pair it is a Kronecker.")

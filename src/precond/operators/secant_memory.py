@@ -62,16 +62,20 @@ class SecantMemory(Operator):
         Raises:
             SolverFailure: it is singular or not finite.
         """
-        total = self.initial + shift
-        made = self._compact(
-            1 / total,
-            lambda SS, SY, YY: (shift * self.initial * SS, total * SY.tril(-1) - self.initial * SY, -total * SY.diagonal().diag() - YY), 1 / total,
-        )  # fmt: skip
+        made = self.unchecked_inverse(shift)
         if not bool(torch.stack([t.isfinite().all() for t in made.tensors()]).all()):
             raise SolverFailure(
                 f"a SecantMemory of shape {tuple(self.shape)} has no finite inverse with the shift {float(shift):g}: increase the damping."
             )
         return made
+
+    def unchecked_inverse(self, shift: float | Tensor = 0.0) -> Shifted:
+        """The same without waiting for the device; not finite where there is none."""
+        total = self.initial + shift
+        return self._compact(
+            1 / total,
+            lambda SS, SY, YY: (shift * self.initial * SS, total * SY.tril(-1) - self.initial * SY, -total * SY.diagonal().diag() - YY), 1 / total,
+        )  # fmt: skip
 
     def _compact(self, shift: Tensor, blocks: Any, factor: float | Tensor) -> Shifted:
         """The matrix shift I + factor [sigma S; Y]^T [[a, b], [b^T, c]]^-1 [sigma S; Y], with a, b and c of S S^T, S Y^T and Y Y^T."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -86,6 +86,11 @@ class SparsePrecision(Operator):
         own = self.blocks[:, 0, 0]
         return (NOISE * torch.finfo(self.dtype).eps) ** 2 * own.abs().amax()
 
+    def materialise(self) -> MadePrecision:
+        """The same with what a product needs at hand, so that none waits for the device."""
+        generations = {str(level): some for level, some in enumerate(self.generations)}
+        return MadePrecision(self.blocks, self.parents, *self.factors, generations)
+
     def inverse_matmul(self, V: Tensor) -> Tensor:
         """C^-1 V for columns V (n, k): two sparse products."""
         return self._residual_transposed(self._residual(V) / self.factors[1].unsqueeze(1))
@@ -141,3 +146,29 @@ class SparsePrecision(Operator):
 
     def _colour(self, Z: Tensor) -> Tensor:
         return self._unroll(self.factors[1].sqrt().unsqueeze(1) * Z)
+
+
+class MadePrecision(SparsePrecision):
+    """A `SparsePrecision` whose factors and generations are kept, packed and cast with it.
+
+    Args:
+        blocks, parents: see there. coefficients, variances: its `factors`. generations: by level, as "0", "1", ...
+
+    >>> F = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    >>> made = SparsePrecision(torch.stack([F, F.flip(0, 1)]), torch.tensor([[-1], [0]])).materialise()
+    >>> made.to_dense()
+    tensor([[2., 1.],
+            [1., 2.]])
+    """
+
+    def __init__(self, blocks: Tensor, parents: Tensor, coefficients: Tensor, variances: Tensor, generations: Mapping[str, Tensor]) -> None:
+        super().__init__(blocks, parents)
+        self.factors = (coefficients, variances)
+        self.generations = tuple(generations.values())
+
+    def fields(self) -> dict[str, Any]:
+        made = {"coefficients": self.factors[0], "variances": self.factors[1]}
+        return super().fields() | made | {"generations": {str(level): some for level, some in enumerate(self.generations)}}
+
+    def materialise(self) -> MadePrecision:
+        return self

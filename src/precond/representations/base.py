@@ -12,7 +12,7 @@ from torch import Tensor
 
 from precond.blocks import Block, Scope
 from precond.errors import ObservationError
-from precond.observe import Columns, Factors, Gradient, Kind, Observation, Product
+from precond.observe import Columns, Factors, Gradient, Kind, Observation, Product, Tensors
 from precond.operators import Fit, FitName, Operator
 from precond.registry import Registry
 from precond.representations.inputs import moment_matrix
@@ -46,6 +46,11 @@ class Representation(ABC):
     """Whether a history may average what it keeps: pairs make a matrix from the one before, and are averaged there."""
     centres: ClassVar[bool] = False
     """Whether the outer product of a mean can be taken off its form."""
+
+    @property
+    def definite(self) -> bool:
+        """Whether its operator is positive semi-definite whatever the matrix is."""
+        return False
 
     @property
     def rows(self) -> Stat | None:
@@ -143,6 +148,12 @@ def product_columns(observation: Product, block: Block) -> Iterator[tuple[Tensor
         probes = torch.zeros(len(indices), block.n, dtype=like.dtype, device=like.device)
         probes[torch.arange(len(indices)), indices] = 1.0
         yield indices, block.gather(observation.local(block.scatter(probes)), lead=1)
+
+
+def multiplied(product: Callable[[Tensors], Tensors], V: Tensor, block: Block) -> Tensor:
+    """C v for each row v of V (k, n), by a live product that takes a bounded number at a time in the dtype of the parameters."""
+    like = next(iter(_parameters(block)))
+    return torch.cat([block.gather(product(block.scatter(some.to(like.dtype))), lead=1).to(V.dtype) for some in V.split(_PROBES)])
 
 
 def _parameters(block: Block) -> Iterator[Tensor]:

@@ -89,6 +89,10 @@ class Diagonal(Representation):
     def centres(self) -> bool:  # type: ignore[override]
         return self.estimator == "exact"
 
+    @property
+    def definite(self) -> bool:
+        return self.estimator == "row_norms"
+
     def centring(self) -> Mapping[str, Stat]:
         return super().centring() if self.estimator == "exact" else {}
 

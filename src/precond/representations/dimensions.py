@@ -12,7 +12,7 @@ from torch import Tensor
 from precond.blocks import Block
 from precond.tiling import Tiling, even_pieces
 
-Merge = Literal["none", "first", "last", "kernel", "rest"]
+Merge = Literal["none", "first", "last", "kernel", "rest", "matrix"]
 Oversized = Literal["tile", "identity", "diagonal"]
 Modes = tuple[int, ...] | Literal["all", "shortest"]
 FactorForm = Literal["dense", "diagonal", "identity"]
@@ -25,10 +25,13 @@ class Dimensions:
     Args:
         squeeze: drop dimensions of length 1.
         merge_dims: neighbours that become one dimension. "first" or "last": greedily while their product is at most `max_dim`, from that
-            end; "kernel": all after the second, (out, in, kernel); "rest": all after the first, (out, rest).
+            end; "kernel": all after the second, (out, in, kernel); "rest": all after the first, (out, rest); "matrix": likewise, and a
+            vector is (n, 1).
         max_dim: the longest dimension that has a dense factor; None: no limit.
         oversized: what becomes of a longer one. "tile": it is cut into as few pieces as there can be, as equal as they can be, and every tile has factors of
             its own; "identity" or "diagonal": its factor is one.
+        max_skew: a dimension n has a dense factor only where n^2 is at most this multiple of the number of entries of the tensor, so that 1 bounds
+            its memory by the tensor's and gives a vector a diagonal (PSGD); what becomes of another one is "identity" or "diagonal".
         modes: the dimensions that have a factor at all, counted after merging, from the end where negative, one that a tensor has not
             left out; "shortest": one, the first of the shortest. The others have the identity.
         vectors: whether tensors of one dimension have a factor.
@@ -40,6 +43,7 @@ class Dimensions:
     oversized: Oversized = "tile"
     modes: Modes = "all"
     vectors: bool = True
+    max_skew: float | None = None
 
     def check(self, owner: str) -> None:
         """Raise ValueError for a value that has no meaning, in the name of the class that has the options."""
@@ -49,6 +53,11 @@ class Dimensions:
         least = 1 if self.oversized == "tile" else 0
         if self.max_dim is not None and (isinstance(self.max_dim, bool) or not isinstance(self.max_dim, int) or self.max_dim < least):
             raise ValueError(f"{owner}(max_dim={self.max_dim!r}): it is a length, {least} or more, or None for no limit.")
+        if self.max_skew is not None and not (self.max_skew > 0 and self.oversized != "tile"):
+            raise ValueError(
+                f"{owner}(max_skew={self.max_skew!r}, oversized={self.oversized!r}): a skew is above 0, and oversized='diagonal' or 'identity' says "
+                "what becomes of a dimension beyond it."
+            )
         if self.merge_dims in ("first", "last") and self.max_dim is None:
             raise ValueError(f"{owner}(merge_dims={self.merge_dims!r}): dimensions merge while their product is at most max_dim: give one.")
         if isinstance(self.modes, str):
@@ -68,7 +77,8 @@ class Dimensions:
         """The form of the factor of every dimension that is held."""
         held = self._held(shape)
         chosen = self._modes(held) if self._has_factors(shape) else set()
-        return tuple("identity" if m not in chosen else self._form(n) for m, n in enumerate(held))
+        entries = torch.Size(held).numel()
+        return tuple("identity" if m not in chosen else self._form(n, entries) for m, n in enumerate(held))
 
     def remark(self, shape: Sequence[int]) -> str | None:
         """What is not plain from the tensor's shape, in words."""
@@ -84,8 +94,11 @@ class Dimensions:
     def _has_factors(self, shape: Sequence[int]) -> bool:
         return self.vectors or len(shape) > 1
 
-    def _form(self, n: int) -> FactorForm:
-        return "dense" if self.max_dim is None or n <= self.max_dim or self.oversized == "tile" else self.oversized
+    def _form(self, n: int, entries: int) -> FactorForm:
+        if self.oversized == "tile":
+            return "dense"
+        short = self.max_dim is None or n <= self.max_dim
+        return "dense" if short and (self.max_skew is None or n * n <= self.max_skew * entries) else self.oversized
 
     def _modes(self, held: Sequence[int]) -> set[int]:
         if self.modes == "shortest":
@@ -96,9 +109,10 @@ class Dimensions:
 
     def _held(self, shape: Sequence[int]) -> tuple[int, ...]:
         sizes = [n for n in shape if n != 1] if self.squeeze else list(shape)
-        if self.merge_dims in ("kernel", "rest"):
+        if self.merge_dims in ("kernel", "rest", "matrix"):
             kept = 2 if self.merge_dims == "kernel" else 1
-            sizes = sizes[:kept] + ([int(torch.Size(sizes[kept:]).numel())] if len(sizes) > kept else [])
+            rest = [int(torch.Size(sizes[kept:]).numel())]  # of nothing: 1
+            sizes = sizes[:kept] + (rest if len(sizes) > kept or self.merge_dims == "matrix" else [])
         elif self.merge_dims in ("first", "last"):
             assert self.max_dim is not None
             merged: list[int] = []

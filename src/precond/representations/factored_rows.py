@@ -128,7 +128,7 @@ def _plain(uses: Sequence[tuple[Layer, Layer, LayerColumns]], p: Parameter) -> P
         for gradient in layer.rule.gradients(seen, local, slice(None)).values():
             total = gradient if total is None else total + gradient
     assert total is not None
-    rows = total.flatten(2).movedim(0, 1)
+    rows = total.reshape(*total.shape[:2], -1).movedim(0, 1)  # a parameter may be a number
     return _ones(rows), rows.unsqueeze(2)
 
 

@@ -80,17 +80,21 @@ class GramForm(Representation):
     def operands(self, pairs: Sequence[Pair], block: Block) -> Sequence[Factors | Tensor]:
         """What `Gram` is made of."""
 
+    def gram(self, statistics: Statistics, pairs: Sequence[Pair], block: Block) -> Tensor | None:
+        """U U^T where it is not to be that of all coordinates."""
+        return None
+
     def operator(self, statistics: Statistics, block: Block) -> Operator:
         pairs = [(_some(statistics[f"a{i}"]), _some(statistics[f"g{i}"])) for i in range(self.pieces(block))]
-        operands = self.operands(pairs, block)
-        C = Gram(operands)
+        operands, gram = self.operands(pairs, block), self.gram(statistics, pairs, block)
+        C = Gram(operands, None, gram)
         if "roots" not in statistics:
             return C
         roots = outermost(_some(statistics["roots"]))
         size = roots.norm()
         mean = roots / torch.where(size > 0, size, 1.0)
         weights = torch.eye(C.rank, dtype=C.dtype, device=C.device) - torch.outer(mean, mean)
-        return Gram(operands, weights.expand(*C.batch, -1, -1))
+        return Gram(operands, weights.expand(*C.batch, -1, -1), gram)
 
 
 def _zeros(like: Pair, examples: int) -> Pair:
@@ -115,6 +119,10 @@ class FlatGram(GramForm):
 
     def settle(self, piece: int, pairs: Sequence[Pair], block: Block) -> Sequence[Pair]:
         return slots(block)[piece].settle(pairs)
+
+    def one_hot(self, piece: int, block: Block) -> bool:
+        """Whether the inputs of a pair are indices."""
+        return slots(block)[piece].kind == "one_hot"
 
     def nothing(self, block: Block, columns: int) -> Sequence[Pair]:
         return [slot.nothing(columns, zeros(block, 0)) for slot in slots(block)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ from torch import Tensor
 from precond.blocks import Block, Parameter
 from precond.errors import ObservationError
 from precond.layers import OneHot, Ragged
+from precond.layers.base import ROWS_AT_ONCE
 from precond.observe import Factors, LayerColumns, Part
 from precond.representations.outputs import output_moment
 
 InputRows = Tensor | OneHot | Ragged
-_ROW_ELEMENTS = 1 << 18  # numbers in the rows that are formed, or copied into another layout, at once
 
 
 def input_rows(part: Part, block: Block, *, check: bool = False) -> list[InputRows]:
@@ -102,7 +103,7 @@ def second_moment(rows: Sequence[Tensor]) -> Tensor:
     total: Tensor | None = None
     for x in rows:
         # examples at a time, where positions are last, as a convolution leaves them
-        step = x.shape[1] if x.stride(-1) == 1 else _ROW_ELEMENTS // max(1, x[:1, :1].numel())
+        step = x.shape[1] if x.stride(-1) == 1 else ROWS_AT_ONCE // max(1, x[:1, :1].numel())
         for piece in x.split(max(1, step), 1):
             square = _square(piece)
             total = square if total is None else total.add_(square)
@@ -120,7 +121,10 @@ def _square(x: Tensor) -> Tensor:
 
 
 def few_examples(part: Part, block: Block) -> Iterator[Part]:
-    """The part in pieces of few examples, where the rows of a block's inputs are patches, many times the size of the input itself."""
+    """The part in pieces of few examples, where the rows of a block's inputs are patches, many times the size of the input itself.
+
+    Pieces have rows of about the size of the moment that each is added to, if it is large.
+    """
     calls = [seen for _, seen in block.calls(part)]
     kernels = {torch.Size(getattr(seen.module, "kernel_size", ())) for seen in calls}
     sizes = {len(seen.input) if seen.input.dim() > 2 else 0 for seen in calls}
@@ -128,7 +132,8 @@ def few_examples(part: Part, block: Block) -> Iterator[Part]:
     if len(kernels) > 1 or len(sizes) > 1 or not kernel or any(s.rows is not None or s.input.dim() != len(kernel) + 2 for s in calls):
         yield part
         return
-    step = max(1, _ROW_ELEMENTS // max(1, max(seen.input[:1].numel() for seen in calls) * torch.Size(kernel).numel()))
+    held = max(ROWS_AT_ONCE, _moment_size(block))
+    step = max(1, held // max(1, max(seen.input[:1].numel() for seen in calls) * torch.Size(kernel).numel()))
     for start in range(0, count, step):
         end = min(start + step, count)
         layers = {
@@ -138,14 +143,47 @@ def few_examples(part: Part, block: Block) -> Iterator[Part]:
         yield replace(part, layers=layers)
 
 
+def _moment_size(block: Block) -> int:
+    """How many numbers A has."""
+    layer, (rows, width) = next(iter(block.layers.values())), block.shape
+    groups = layer.rule.groups(layer.module)
+    size = width if layer.rule.joint else rows // groups
+    return groups * size**2
+
+
+def direct_moment(part: Part, block: Block) -> tuple[tuple[Tensor, Tensor] | None, Part]:
+    """(sum of a a^T, the number of rows) of the calls whose rule has them without rows at less cost; and the part without these calls."""
+    bias = block.names[-1] if block.homogeneous else None
+    total: tuple[Tensor, Tensor] | None = None
+    rest = {name: calls for name, calls in part.layers.items() if name not in block.layers}
+    for name, layer in block.layers.items():
+        kept = []
+        for seen in part.layers.get(name, ()):
+            _refuse_shared(seen)
+            one = bias in layer.parameters.values()
+            found = layer.rule.input_moment(seen, one)
+            if found is None:
+                kept.append(seen)
+                continue
+            square, number = found
+            if bias and not one:
+                square = torch.nn.functional.pad(square, (0, 1, 0, 1))
+            square = square.squeeze(0) if len(square) == 1 else square
+            rows = square.new_full((len(square), 1, 1) if square.dim() > 2 else (), number)
+            total = (square, rows) if total is None else (total[0].add_(square), total[1] + rows)
+        rest[name] = tuple(kept)
+    return total, replace(part, layers=rest)
+
+
 def input_moment(observation: Factors, block: Block) -> Tensor | None:
     """A over all parts of the step, every row with the weight of one term; None where the layer was not called."""
     total: Tensor | None = None
     count = torch.zeros_like(observation.weight)
     for part in observation.parts:
-        for rows in filter(None, (input_rows(piece, block) for piece in few_examples(part, block))):
-            weight = part.share * part.scale
-            sums, number = input_sums(rows, _dtype(block))
+        weight = part.share * part.scale
+        direct, part = direct_moment(part, block)
+        formed = (input_sums(rows, _dtype(block)) for piece in few_examples(part, block) if (rows := input_rows(piece, block)))
+        for sums, number in chain([direct] if direct else [], formed):
             total = sums * weight.to(sums.dtype) if total is None else total + sums * weight.to(sums.dtype)
             count = count + number * weight
     return None if total is None else total / count.to(total.dtype)

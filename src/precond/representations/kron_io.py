@@ -16,7 +16,16 @@ from precond.observe import Columns, Factors, Kind, Observation, Part
 from precond.operators import Diagonal, Fit, Kronecker, Operator
 from precond.representations.base import REGISTRY, Representation, Statistics, refuse_kind, zeros
 from precond.representations.fitted import PROBES, over_probes
-from precond.representations.inputs import InputRows, averaged, few_examples, input_rows, input_sums, is_shared, second_moment
+from precond.representations.inputs import (
+    InputRows,
+    averaged,
+    direct_moment,
+    few_examples,
+    input_rows,
+    input_sums,
+    is_shared,
+    second_moment,
+)
 from precond.representations.kron_secant import KronSecant
 from precond.representations.kron_structure import KronStructured, Structure
 from precond.representations.outputs import output_moment
@@ -42,6 +51,8 @@ class KronIO(Representation):
     "rows": the rows themselves, at most in' or out of them, for the 'smw' solver (both: SKFAC). Of one-hot inputs "block" and "rows" are
     diagonal, as all of A is.
 
+    memory: of secant pairs (K-BFGS), None for a dense B, or of how many of them it is made, from I, as in L-BFGS: K-BFGS(L).
+
     Memory in'^2 + out^2; cost N R (in'^2 + K out^2). Sources: Martens & Grosse 2015; Grosse & Martens 2016;
     Eschenhagen et al., "Kronecker-factored approximate curvature for modern neural network architectures", 2023; Benzing 2022 (FOOF); Zhang,
     Shi & Li 2023 (Eva); Tang et al. 2021 (SKFAC).
@@ -59,8 +70,11 @@ class KronIO(Representation):
     input: Structure = "dense"
     output: Structure = "dense"
     block_size: int = 30
+    memory: int | None = None
 
     def __post_init__(self) -> None:
+        if self.memory is not None and (isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1):
+            raise ValueError(f"KronIO(memory={self.memory!r}): it is a number of pairs, 1 or more, or None.")
         if self.packed not in ("split", "joint"):
             raise ValueError(f"KronIO(packed={self.packed!r}): choose 'split' or 'joint'.")
         if self.sharing not in ("expand", "reduce"):
@@ -85,7 +99,7 @@ class KronIO(Representation):
 
     def over(self, kind: Kind) -> Representation:
         if kind == "layer_secant":
-            return KronSecant(host=self)
+            return KronSecant(host=self, memory=self.memory)
         return over_probes(self, kind) if self._plain else KronStructured(host=self)
 
     def fits(self, block: Block) -> tuple[Fit, ...]:
@@ -153,11 +167,15 @@ class KronIO(Representation):
 
     def _moments(self, part: Part, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """(sum of a a^T, the number of its rows)."""
-        total: tuple[Tensor, Tensor] | None = None
+        total, part = self.direct_moment(part, block)
         for inputs in self.input_rows(part, block):
             found = input_sums(inputs, dtype)
             total = found if total is None else (total[0].add_(found[0]), total[1] + found[1])
         return total
+
+    def direct_moment(self, part: Part, block: Block) -> tuple[tuple[Tensor, Tensor] | None, Part]:
+        """(sum of a a^T, the number of rows) of the calls that need no rows for it, and the part without them."""
+        return direct_moment(part, block) if self.sharing == "expand" else (None, part)
 
     def input_rows(self, part: Part, block: Block) -> Iterator[list[InputRows]]:
         """The rows of A of every call, of few examples at a time."""

@@ -42,6 +42,7 @@ class Host(Protocol):
     def hosts(self, block: Block) -> str | None: ...
     def fallback(self, block: Block) -> str: ...
     def groups(self, block: Block) -> int: ...
+    def direct_moment(self, part: Part, block: Block) -> tuple[tuple[Tensor, Tensor] | None, Part]: ...
     def input_rows(self, part: Part, block: Block) -> Iterator[list[InputRows]]: ...
     def output_rows(self, part: Part, block: Block) -> list[Tensor]: ...
 
@@ -82,6 +83,12 @@ class KronStructured(Representation):
 
     def fallback(self, block: Block) -> str:
         return self.host.fallback(block)
+
+    def remark(self, shape: tuple[int, ...]) -> str | None:
+        words = {"diagonal": "diagonal", "block": f"in blocks of at most {self.host.block_size}", "identity": "the identity",
+            "rank_one": "of rank one", "rows": "by its rows"}  # fmt: skip
+        sides = (("input", self.host.input), ("output", self.host.output))
+        return ", ".join(f"{side} factor {words[structure]}" for side, structure in sides if structure in words) or None
 
     def _side(self, name: str, block: Block) -> tuple[Structure, tuple[int, ...], int]:
         """The structure of a factor, the leading dimension of its stack, and its size."""
@@ -142,6 +149,9 @@ class KronStructured(Representation):
         """Name -> (value, whether it is rows), and the number of rows."""
         structure, _, size = self._side("A", block)
         found: Statistics = {}
+        if structure == "dense":
+            direct, part = self.host.direct_moment(part, block)
+            found = {"A": (direct[0], False), "rows": (direct[1].to(zeros(block).dtype), False)} if direct else {}
         for inputs in self.host.input_rows(part, block):
             if not inputs:
                 continue

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precond.blocks import Block
-from precond.observe import keyed_generator
+from precond.observe import Kind, keyed_generator
 from precond.representations.base import REGISTRY, Statistics
 from precond.representations.low_rank import Rows
 from precond.statistics import Stat
@@ -34,20 +34,28 @@ class LayerLowRank(Rows):
     scope = "layer"
 
     sketch: int | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sketch is not None and self.sketch < 1:
             raise ValueError(f"sketch={self.sketch}: draw at least one coordinate, or None for no sketch.")
+        if self.sketch is not None and self.method not in (None, "rows"):
+            raise ValueError(f"sketch= estimates the Gram matrix of rows, which method={self.method!r} does not keep: give one of the two.")
         if self.sketch is not None and self.truncation.cuts:
             raise ValueError(
                 "sketch= estimates the Gram matrix, whose eigenvectors rank, energy and tolerance would take for exact: give one of the two."
             )
 
     @property
+    def requests(self) -> tuple[Kind, ...]:  # type: ignore[override]  # a Gram matrix is estimated of rows alone
+        return tuple(kind for kind in super().requests if self.sketch is None or kind != "product")
+
+    @property
     def rows(self) -> Stat:
         return Stat("rows", gram=self.sketch is None, truncation=self.truncation)
+
+    def remark(self, shape: tuple[int, ...]) -> str | None:
+        return super().remark(shape) if self.sketch is None else f"Gram matrix estimated from {self.sketch} coordinates"
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         drawn = {} if self.sketch is None else dict.fromkeys(("coordinates", "draws"), Stat("state"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,9 +15,13 @@ from precond.operators import Fit, LowRank, Operator
 from precond.representations.base import Representation, Statistics, mean_gradient, refuse_kind, weighted_gradients, zeros
 from precond.representations.centring import deviation, first_moment
 from precond.representations.fitted import PROBES
+from precond.representations.leading import Leading
 from precond.representations.memory_secant import over_memory
+from precond.representations.sketched import Sketched
 from precond.statistics import GRAM, Stat
 from precond.truncation import Truncation
+
+Method = Literal["rows", "sketch", "lanczos"]
 
 _RANK = 10  # of what is fitted to pairs, where none is given: that of the published code
 
@@ -50,6 +54,9 @@ class LowRankForm(Representation):
     @property
     def rows(self) -> Stat:
         return Stat("rows", gram=True, truncation=self.truncation)
+
+    def remark(self, shape: tuple[int, ...]) -> str | None:
+        return f"cut to {self.truncation}" if self.truncation.cuts else None
 
     def shape(self, block: Block) -> tuple[int, ...]:
         """(*batch, p) of one row."""
@@ -89,16 +96,30 @@ class LowRankForm(Representation):
 class Rows(LowRankForm):
     """What `full_low_rank` and `layer_low_rank` share.
 
+    method: what is kept of C.
+
+    - "rows": the rows themselves, cut to rank, energy or tolerance.
+    - "sketch": C on rank + oversample random directions, from which C is rebuilt (Nystrom): exact where its rank is no larger. It is linear
+      in C, so that every history averages it without loss, and holds (rank + oversample) P for any number of examples; see `Sketched`.
+    - "lanczos": the eigenpairs that are largest in absolute value, from products with C alone; see `Leading`.
+    - None: rows where the matrix has them, "lanczos" otherwise, as for a Hessian.
+
+    products: of "lanczos", how many there are at most, each about 1.6 training steps; 2 rank + 20 by default, and P, which is exact, where
+    there is no rank. Where they do not suffice the eigenvalues found lie inside the true ones.
+    oversample: of "sketch", how many directions beyond the rank. seed: keys the directions, or the start of the Lanczos process.
     memory, scaling: of secant pairs, how many are kept, and what the matrix is without them: y^T y / s^T y times I of the newest pair
     that counted, or "none", the identity.
     """
 
-    requests = ("columns", "gradient", "secant", "successive")
     followed = PROBES
     fit = "low_rank"
 
     memory: int = 10
     scaling: Literal["newest", "none"] = "newest"
+    method: Method | None = None
+    oversample: int = 10
+    products: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,9 +127,28 @@ class Rows(LowRankForm):
             raise ValueError(f"memory={self.memory}: keep at least one pair.")
         if self.scaling not in ("newest", "none"):
             raise ValueError(f"scaling={self.scaling!r}: choose 'newest' or 'none'.")
+        if self.method not in (None, *get_args(Method)):
+            raise ValueError(f"method={self.method!r}: choose 'rows', 'sketch' or 'lanczos', or None for what the matrix allows.")
+        if self.oversample < 0:
+            raise ValueError(f"oversample={self.oversample}: it is a number of directions beyond rank=, at least 0.")
+        if self.products is not None and self.products < (self.rank or 1):
+            raise ValueError(f"products={self.products}: take at least one for each of the {self.rank or 1} eigenpairs of rank=.")
+        if self.method == "sketch" and (self.rank is None or self.gather):
+            raise ValueError("method='sketch' needs rank=, the number of eigenvalues it is to find, and gathers no rows: leave gather out.")
+
+    @property
+    def requests(self) -> tuple[Kind, ...]:  # type: ignore[override]  # the method decides
+        if self.method == "sketch":
+            return ("columns", "gradient", "product")
+        rows: tuple[Kind, ...] = ("columns", "gradient", "secant", "successive")
+        return {"rows": rows, "lanczos": ("product",)}.get(self.method or "", (*rows, "product"))
 
     def fits(self, block: Block) -> tuple[Fit, ...]:
         return (Fit((block.n,), ("diagonal",), rank=min(self.rank or _RANK, block.n)),)
 
     def over(self, kind: Kind) -> Representation:
+        if self.method == "sketch" and kind in self.requests:
+            return Sketched(host=self)
+        if kind == "product":
+            return Leading(host=self)
         return over_memory(self, kind, self.memory, newest=self.scaling == "newest")

@@ -68,6 +68,11 @@ class SparseForm(Representation):
             raise ValueError(f"a mapping from layers to patterns is for 'layer_sparse'; {self.name!r} takes one pattern.")
         return self.pattern
 
+    def remark(self, shape: tuple[int, ...]) -> str | None:
+        band = f" of width {self.width}" if self.pattern == "band" else ""
+        which = f"the pattern {self.pattern!r}{band}" if isinstance(self.pattern, str) else "a pattern of the user's own"
+        return f"{self.form} on {which}"
+
     def layout(self, block: Block) -> Layout:
         """The entries of a block, found once."""
         device = zeros(block, 0).device

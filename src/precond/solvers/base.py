@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor
 
 from precond.damping import Blockwise, Damping, Tikhonov
@@ -35,9 +36,13 @@ class Solver(ABC):
     live: ClassVar[bool] = False
     """Whether it takes matrix-free operators, which are then handed to `apply`."""
     follows: ClassVar[tuple[str, ...]] = ()
-    """Kinds of observation that it follows, where it is not made for a matrix: it is then given nothing else."""
+    """Kinds of observation that it follows, which it is given where the matrix has them, before any operator."""
+    averages: ClassVar[bool] = False
+    """Whether it averages in its own state, so that a history of what it is given would average twice."""
     fits: ClassVar[frozenset[FitName]] = frozenset()
     """The structures that it fits to `Pairs`."""
+    half: ClassVar[bool] = False
+    """Whether it takes operators in float16 and bfloat16: what is factorised or iterated on is to be cast to float32 before."""
     power: float = 1.0
     """p: what is applied is damped^(-p). An option of the solvers that have powers."""
 
@@ -71,6 +76,8 @@ class Solver(ABC):
         """
         if not self.takes(operator):
             self.refuse(operator, f"it takes {', '.join(sorted(s.__name__ for s in self.accepts))}")
+        if operator.dtype in (torch.float16, torch.bfloat16) and not self.half:
+            self.refuse(operator, f"it is in {operator.dtype}, too coarse to invert; cast it with operator.to(torch.float32)")
         if isinstance(operator, BlockDiagonal):
             old = state.get("blocks", {})
             blocks = {name: self.refresh(old.get(name, {}), block, damping) for name, block in operator.blocks.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,8 +27,12 @@ from precond.operators import (
     pack,
     unpack,
 )
+from precond.operators.kronecker import matrices
+from precond.randomness import keyed_generator
 from precond.secant import PairRule
+from precond.solvers import bfgs_probes
 from precond.solvers.base import REGISTRY, Solver, State
+from precond.solvers.probing import Structure, fit_of
 
 
 @REGISTRY.register("bfgs")
@@ -39,11 +45,20 @@ class BFGS(Solver):
     each factor has an H: one with a pair follows it, one with a probe v follows the pair (H v, A H v) and tends to A^-1
     ("Hessian-action" BFGS), any other is inverted. An application is a product with H.
 
-    Of the last m pairs (L-BFGS) nothing is carried over: H is their exact inverse in compact form, damped like any other matrix, m^2 n a refresh
+    Of the last m pairs (L-BFGS; the output factor of K-BFGS(L)) nothing is carried over: H is their exact inverse in compact form, damped like any other matrix, m^2 n a refresh
     and 4 m n an application; without damping it is what the two-loop recursion applies.
 
     Of any matrix that has products it is given pairs (v, C v): H starts from I, or `initial` times it, scaled by the first pair where none
     is given, and follows them undamped, dense or entry by entry; pairs of negative curvature are passed over.
+
+    Of any other operator C it makes the pairs itself, (s, C s + damping s) with s = H v and v random: the first H is the inverse of the
+    damped C by n of them, which end there on any definite C, or `initial` times I; then H moves by `probes` pairs a refresh. A Kronecker
+    product is followed factor by factor where its damping is that of its factors, any other operator as a whole.
+
+    Args:
+        initial: see above. seed: keys v, with the number of the refresh.
+        structure: of H where an operator is given that has no pair: "natural", that of the operator, dense where it is neither diagonal nor
+            Kronecker; or "dense", "diagonal". probes: products a refresh there.
 
     Sources: Broyden, Fletcher, Goldfarb and Shanno, 1970; Liu & Nocedal, 1989; Goldfarb, Ren & Bahamou (K-BFGS), 2020.
 
@@ -57,14 +72,21 @@ class BFGS(Solver):
     tensor([0.2500, 0.5000])
     """
 
-    accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Secant, SecantKronecker, SecantMemory, Pairs})
+    accepts: ClassVar[frozenset[type[Operator]]] = frozenset((Operator,))
+    live: ClassVar[bool] = True
+    averages: ClassVar[bool] = True
     follows: ClassVar[tuple[str, ...]] = ("secant", "layer_secant", "successive", "pairs")
     fits: ClassVar[frozenset[FitName]] = frozenset({"dense", "diagonal"})
     needs_definite: ClassVar[bool] = True
 
     initial: float | None = None
+    seed: int = 0
+    structure: Structure = "natural"
+    probes: int = 1
 
     def __post_init__(self) -> None:
+        if self.structure not in ("natural", "dense", "diagonal") or self.probes < 1:
+            raise ValueError(f"BFGS(structure={self.structure!r}, probes={self.probes}): choose 'natural', 'dense' or 'diagonal', and at least 1 probe.")
         if self.initial is not None and not self.initial > 0:
             raise ValueError(f"BFGS(initial={self.initial}): the first inverse is a positive multiple of I, or None for that of the operator.")
 
@@ -78,17 +100,24 @@ class BFGS(Solver):
             return self._follow(state, memory, shift)
         if isinstance(memory, SecantMemory):
             return {"inverse": pack(memory.inverse(shift))}
-        if isinstance(damped, Shifted) and isinstance(damped.operator, Dense):
-            damped = damped.operator.plus(damped.shift)
-        if isinstance(damped, Kronecker) and damped.exponent == 1:
-            factors: tuple[Operator, ...] = damped.factors
-            scale: float | Tensor = damped.scale
-        elif isinstance(damped, Secant):
-            factors, scale = (damped,), 1.0
-        else:
+        if isinstance(memory, Secant):
+            return self._factors(state, (memory.plus(shift),), 1.0)
+        if isinstance(damped, SecantKronecker):
+            return self._factors(state, damped.materialise().factors, damped.scale)
+        if isinstance(memory, SecantKronecker):
             self.refuse(damped, "its damping is not factor-wise; use Factored damping")
-        old = state.get("factors", {})
-        return {"factors": {str(m): self._factor(old.get(str(m)), F) for m, F in enumerate(factors)}, "scale": 1 / scale}
+        if isinstance(damped, Kronecker) and self.structure == "natural":
+            return self._factors(state, [F if _remembers(F) else matrices(F) for F in damped.materialise().factors], damped.scale)
+        return self._factors(state, (damped,), 1.0)
+
+    def _factors(self, state: State, factors: Sequence[Operator], scale: float | Tensor) -> State:
+        """The inverse of each factor, from the old ones."""
+        old, count = state.get("factors", {}), state.get("refreshes", 0)
+        made = {str(m): self._factor(old.get(str(m)), F, (count, m)) for m, F in enumerate(factors)}
+        inverse = 1 / scale if isinstance(scale, Tensor) or scale else math.inf
+        if not bool(torch.as_tensor(inverse).isfinite().all()):
+            raise SolverFailure(f"the {self.name} solver was given a Kronecker operator of scale 0, which is singular: increase the damping.")
+        return {"factors": made, "scale": inverse, "refreshes": count + 1}
 
     def _follow(self, state: State, pairs: Pairs, shift: float | Tensor) -> State:
         """The inverse after pairs (v, C v), one after another."""
@@ -108,11 +137,13 @@ class BFGS(Solver):
             counted = counted + counts
         return {"factors": {"0": {"inverse": H, "pairs": counted}}, "scale": 1.0}
 
-    def _factor(self, old: State | None, F: Operator) -> State:
+    def _factor(self, old: State | None, F: Operator, key: tuple[int, int]) -> State:
         """The inverse of one factor, moved by its pair where there is an old one."""
-        if isinstance(F, Diagonal):
-            return {"inverse": _finite(F.values.reciprocal())}
-        assert isinstance(F, Dense)
+        if isinstance(F, Diagonal) and self.structure != "dense":
+            return {"diagonal": _reciprocal(F.values)}
+        memory, shift = (F.operator, F.shift) if isinstance(F, Shifted) else (F, 0.0)
+        if isinstance(memory, SecantMemory):
+            return {"packed": pack(memory.inverse(shift))}
         if isinstance(F, Secant):
             if old is None and self.initial is None:
                 return {"inverse": self._inverse(F.matrix), "pairs": _none(F.s)}
@@ -120,28 +151,59 @@ class BFGS(Solver):
             pairs = _none(F.s) if old is None else old["pairs"]
             H, counts = F.rule.inverse(H, F.s, F.y, pairs == 0)
             return {"inverse": H, "pairs": pairs + counts}
-        if old is None or not isinstance(F, Probed):
+        if not isinstance(F, Probed):
+            return self._probed(old, F, key)
+        if old is None:
             return {"inverse": self._inverse(F.matrix)}
         H = old["inverse"].to(F.matrix)
         s = (H @ F.probe.unsqueeze(-1)).squeeze(-1)
         y = (F.matrix @ s.unsqueeze(-1)).squeeze(-1)
         return {"inverse": PairRule(powell=0.0).inverse(H, s, y, _none(s) == 0)[0]}
 
+    def _probed(self, old: State | None, C: Operator, key: tuple[int, int]) -> State:
+        """The inverse of an operator by its products."""
+        fit = fit_of(C, "dense" if self.structure == "natural" else self.structure, 1)
+        b, n = (fit.n, 1) if fit.name == "diagonal" else (fit.batch, fit.sizes[0])
+        generator, like = keyed_generator(torch.device("cpu"), "bfgs", self.seed, *key), torch.zeros(b, n, dtype=C.dtype, device=C.device)
+        H = (self.initial or 1.0) * torch.diag_embed(torch.ones_like(like)) if old is None else old["inverse"].to(like).reshape(b, n, n)
+        pairs, exact = _none(like) if old is None else old["pairs"], old is None and self.initial is None
+        H, counted = bfgs_probes.follow(
+            H, lambda s: (C @ s.reshape(-1)).reshape(b, n), n if exact else self.probes, PairRule(powell=0.0, scale_initial=self.initial is None),
+            pairs, lambda: torch.randn(b, n, dtype=C.dtype, generator=generator).to(C.device),
+        )  # fmt: skip
+        if exact and bool((counted < n).any()):
+            self._fail((fit.n, fit.n))
+        return {"inverse": H.reshape(*(C.batch if fit.name == "dense" else (b,)), n, n), "pairs": counted}
+
+    def _fail(self, shape: Sequence[int]) -> NoReturn:
+        raise SolverFailure(
+            f"the {self.name} solver starts from the inverse of a matrix {tuple(shape)} that is not positive definite: increase the damping."
+        )
+
     def _inverse(self, A: Tensor) -> Tensor:
         L, info = torch.linalg.cholesky_ex((A + A.mT) / 2)
         if bool((info != 0).any()):
-            raise SolverFailure(
-                f"the {self.name} solver starts from the inverse of a matrix {tuple(A.shape)} that is not positive definite: increase the damping."
-            )
+            self._fail(A.shape)
         return torch.cholesky_inverse(L)
 
     def _apply(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:
         if "inverse" in state:
             return unpack(state["inverse"]) @ V, state
-        inverses = [Dense(f["inverse"]) if f["inverse"].dim() > 1 else Diagonal(f["inverse"]) for f in state["factors"].values()]
-        if len(inverses) == 1:
+        inverses = [_inverse_of(f) for f in state["factors"].values()]
+        if len(inverses) == 1 and isinstance(state["scale"], float) and state["scale"] == 1:
             return inverses[0] @ V, state
         return Kronecker(*inverses, scale=state["scale"]) @ V, state
+
+
+def _remembers(F: Operator) -> bool:
+    return isinstance(F.operator if isinstance(F, Shifted) else F, SecantMemory)
+
+
+def _inverse_of(factor: State) -> Operator:
+    """The inverse that the state of a factor holds."""
+    if "packed" in factor:
+        return unpack(factor["packed"])
+    return Dense(factor["inverse"]) if "inverse" in factor else Diagonal(factor["diagonal"])
 
 
 def _none(s: Tensor) -> Tensor:
@@ -153,7 +215,7 @@ def _identity(like: Tensor) -> Tensor:
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
 
 
-def _finite(values: Tensor) -> Tensor:
-    if not bool(values.isfinite().all()):
-        raise SolverFailure("the bfgs solver found a zero in a diagonal factor: increase the damping.")
-    return values
+def _reciprocal(values: Tensor) -> Tensor:
+    if not bool((values > 0).all()):
+        raise SolverFailure("the bfgs solver found an entry of a diagonal that is not positive: increase the damping.")
+    return values.reciprocal()

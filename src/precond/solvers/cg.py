@@ -17,6 +17,7 @@ from precond.solvers.preconditioners import Jacobi, Preconditioner
 from precond.solvers.products import ProductSolver
 
 NegativeCurvature = Literal["truncate", "raise", "boundary"]
+Forcing = Literal["constant", "superlinear"]
 
 
 @REGISTRY.register("cg")
@@ -31,6 +32,8 @@ class CG(ProductSolver):
     Args:
         max_iterations: at most so many products a column; the solution so far is taken.
         tolerance: stop when the residual is below this multiple of the right-hand side.
+        forcing: "constant", or "superlinear": the multiple is min(tolerance, sqrt(|b|)), with which Newton's method converges superlinearly at the
+            price of few products far from the minimum (Dembo and Steihaug 1983, who take a tolerance of 0.5).
         progress: stop, with k = max(10, i / 10), when the last k of i iterations lowered phi(x) = x^T C x / 2 - b^T x by less than k times
             this multiple of phi (Martens 2010, who takes 5e-4); 0: never.
         warm_start: start from this multiple of the previous solution; 0 starts from zero.
@@ -56,6 +59,7 @@ class CG(ProductSolver):
 
     max_iterations: int = 250
     tolerance: float = 1e-10
+    forcing: Forcing = "constant"
     progress: float = 0.0
     warm_start: float = 0.0
     preconditioner: Literal["jacobi"] | Preconditioner | None = None
@@ -67,6 +71,8 @@ class CG(ProductSolver):
             raise ValueError(
                 f"cg needs max_iterations >= 1, tolerance and progress >= 0, not {self.max_iterations}, {self.tolerance} and {self.progress}."
             )
+        if self.forcing not in get_args(Forcing):
+            raise ValueError(f"forcing is 'constant' or 'superlinear', not {self.forcing!r}.")
         if self.negative_curvature not in get_args(NegativeCurvature):
             raise ValueError(f"negative_curvature is one of {', '.join(get_args(NegativeCurvature))}, not {self.negative_curvature!r}.")
         if isinstance(self.preconditioner, str) and self.preconditioner != "jacobi":
@@ -104,6 +110,8 @@ class _Solve:
         self.X = torch.zeros_like(B) if start is None else start.clone()
         self.sizes = B.norm(dim=0)
         self.residuals = torch.zeros_like(self.sizes)
+        self.tolerances = self.sizes.sqrt() if options.forcing == "superlinear" else torch.full_like(self.sizes, options.tolerance)
+        self.tolerances = self.tolerances.clamp(max=options.tolerance)
         self.active = torch.arange(B.shape[1], device=B.device)
         self.R = B.clone() if start is None else B - C @ self.X
         self.D, self.rz = self.R, self.sizes
@@ -172,7 +180,7 @@ class _Solve:
 
     def _drop_converged(self) -> None:
         self._note_residuals()
-        done = self.residuals[self.active] <= self.options.tolerance
+        done = self.residuals[self.active] <= self.tolerances[self.active]
         if bool(done.any()):
             self._keep(~done)
 

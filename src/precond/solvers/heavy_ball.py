@@ -43,6 +43,7 @@ class HeavyBall(ProductSolver):
     """
 
     needs_definite: ClassVar[bool] = True
+    averages: ClassVar[bool] = True
 
     rho: float | None = None
     beta: float | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from precond.damping import Damping
 from precond.errors import SolverFailure
 from precond.lanczos import Tridiagonal, first_column, tridiagonalise
+from precond.numerics import round_off
 from precond.operators import Absolute, Operator, Shifted
 from precond.solvers.base import REGISTRY, State
 from precond.solvers.products import ProductSolver
@@ -122,11 +123,11 @@ class Krylov(ProductSolver):
 
 
 def _inside(damped: Operator, power: float) -> tuple[Operator, Function]:
-    """C and f with damped^-power = f(C); C is below any shift and absolute value."""
+    """C and f with damped^-power = f(C); C is below any shift and absolute value. An eigenvalue within rounding of zero is zero, and f infinite."""
     inner, shift = (damped.operator, damped.shift) if isinstance(damped, Shifted) else (damped, 0.0)
     if isinstance(inner, Absolute):
-        return inner.operator, lambda t: (t.abs() + shift).pow(-power)
-    return inner, lambda t: (t + shift).pow(-power)
+        return inner.operator, lambda t: round_off(t.abs() + shift).pow(-power)
+    return inner, lambda t: round_off(t + shift).pow(-power)
 
 
 def _extended(found: Tridiagonal) -> Tensor:

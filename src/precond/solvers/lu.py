@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from precond.operators import Dense, Diagonal, Kronecker, Operator, Shifted
 from precond.operators.base import number
 from precond.operators.kronecker import matrices
 from precond.solvers.base import REGISTRY, State
-from precond.solvers.factors import FactorSolver
+from precond.solvers.factors import Applied, FactorSolver
 
 Spectrum = Literal["keep", "abs", "raise"]
 
@@ -31,6 +31,7 @@ class LU(FactorSolver):
         spectrum: what becomes of negative eigenvalues. "keep": C is solved as it is, and a direction may go uphill; "abs": |C| in its place,
             damped afterwards, at the cost of an eigendecomposition (|B (x) A| = |B| (x) |A|); "raise": a damped matrix that is not
             definite fails, found by a Cholesky factorisation, so that more damping is tried.
+        applied: "solve", "inverse", or "auto": the inverse is formed once a matrix has been applied to n columns since its refresh.
 
     Raises:
         SolverFailure: a pivot is within rounding of zero against the largest entry of its matrix; indefinite, and told to raise.
@@ -44,9 +45,13 @@ class LU(FactorSolver):
     tensor([1.0000, 0.5000])
     """
 
+    break_even: ClassVar[float] = 1.0
+
     spectrum: Spectrum = "keep"
+    applied: Applied = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.spectrum not in get_args(Spectrum):
             raise ValueError(f"spectrum is one of {', '.join(get_args(Spectrum))}, not {self.spectrum!r}.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from precond.damping import Damping
-from precond.operators import Kronecker, KroneckerSum, Operator, RootShifted, Shifted, pack, unpack
+from precond.operators import Kronecker, KroneckerSum, Operator, RootShifted, Shifted, SparsePrecision, pack, unpack
 from precond.solvers.base import Solver, State
 
 
@@ -25,7 +25,7 @@ class ProductSolver(Solver):
 
 def _materialise(damped: Operator) -> Operator:
     """The state should hold factors, not what would need an eigendecomposition at every application."""
-    if isinstance(damped, (Kronecker, KroneckerSum)):
+    if isinstance(damped, (Kronecker, KroneckerSum, SparsePrecision)):
         return damped.materialise()
     if isinstance(damped, Shifted):
         return Shifted(_materialise(damped.operator), damped.shift)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from precond.damping import Damping
-from precond.operators import FitName, Operator, Pairs, Shifted, mode_products
+from precond.operators import Absolute, FitName, Operator, Pairs, RootShifted, Shifted, mode_products
 from precond.randomness import keyed_generator
 from precond.solvers import psgd_low_rank, psgd_modes
 from precond.solvers.base import REGISTRY, Solver, State
+from precond.solvers.probing import Structure, fit_of, probed
 
 Update = Literal["EQ", "Q0.5EQ1.5"]
 Normaliser = Literal["curvature", "largest"]
@@ -23,12 +24,16 @@ Normaliser = Literal["curvature", "largest"]
 @REGISTRY.register("psgd")
 @dataclass(frozen=True, kw_only=True)
 class PSGD(Solver):
-    """P = Q^T Q, Q following the gradient of E[h^T P h + v^T P^-1 v] over a group: it needs pairs (v, h) of a matrix, and no inverse.
+    """P = Q^T Q, Q following the gradient of E[h^T P h + v^T P^-1 v] over a group: it needs pairs (v, h) of a matrix, or products
+    with one, and no inverse.
 
     P tends to E[h h^T]^(-1/2): of pairs h = C v that is |C|^-1, whatever the signs of C's eigenvalues, of gradients h and noise v
     (whitening) E[g g^T]^(-1/2). It averages in Q, which moves by one step a refresh; a history would average twice. With one pair and an
     indefinite C a noise in proportion to `step` remains. Q has the structure of the representation: triangular, diagonal, one
     factor a mode (Kronecker), or (I + U V^T) diag(d).
+
+    Of any other operator it makes the pairs itself, v normal and h = (C + damping I) v, and P tends to |C + damping I|^-1. Of an absolute
+    value |C| it takes products with C, since the fit makes the absolute value: P tends to (C^2 + damping^2 I)^(-1/2).
 
     Args:
         update: "EQ": dQ = E Q with E the upper triangle of a a^T - b b^T, a = Q h, b = Q^-T v, by mode for Kronecker factors; the diagonal
@@ -38,9 +43,13 @@ class PSGD(Solver):
             "largest": the largest entry of the gradient, as in the versions of 2015 to 2018.
         step: None: 0.1, or 0.01 with "largest". decay: of L.
         initial: Q starts as initial times I; None: (E h^4)^(-1/8) (E v^2)^(1/4) of the first pair.
-        seed: keys the noise and the choice between U and V, with the number of the update.
+        seed: keys the probes, the noise and the choice between U and V, with the number of the update.
+        structure: of Q where an operator is given that is no pair: "natural", that of the operator, (I + U V^T) diag(d) where it has none;
+            or "dense", "diagonal", "low_rank". rank: of U and V there.
+        probes: products for each update there; n and more are n, the unit vectors, and make the update the expected one.
+        updates: of each refresh there.
 
-    Damping delta adds (delta + eps |h|) v' to h with v' normal, v itself for whitening: P is then (E[h h^T] + delta^2 I)^(-1/2), below
+    Of pairs, damping delta adds (delta + eps |h|) v' to h with v' normal, v itself for whitening: P is then (E[h h^T] + delta^2 I)^(-1/2), below
     I / delta. Cost a refresh, for n_m in each mode: n n_m, and n_m^3 where Q is multiplied; applied, 2 n n_m.
 
     Sources: Li, "Preconditioned stochastic gradient descent", 2018, arXiv 1512.04202; "Preconditioner on matrix Lie group for SGD", 2019,
@@ -54,7 +63,9 @@ class PSGD(Solver):
     tensor([0.5000, 0.2500])
     """
 
-    accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Pairs})
+    accepts: ClassVar[frozenset[type[Operator]]] = frozenset((Operator,))
+    live: ClassVar[bool] = True
+    averages: ClassVar[bool] = True
     follows: ClassVar[tuple[str, ...]] = ("pairs", "whitening")
     fits: ClassVar[frozenset[FitName]] = frozenset({"dense", "diagonal", "kronecker", "low_rank"})
 
@@ -64,9 +75,13 @@ class PSGD(Solver):
     decay: float = 0.9
     initial: float | None = None
     seed: int = 0
+    structure: Structure = "natural"
+    rank: int = 10
+    probes: int = 1
+    updates: int = 1
 
     def __post_init__(self) -> None:
-        for name, value, known in (("update", self.update, Update), ("normaliser", self.normaliser, Normaliser)):
+        for name, value, known in (("update", self.update, Update), ("normaliser", self.normaliser, Normaliser), ("structure", self.structure, Structure)):
             if value not in get_args(known):
                 raise ValueError(f"PSGD({name}={value!r}): choose {' or '.join(map(repr, get_args(known)))}.")
         if self.step is not None and not 0 < self.step <= 1:
@@ -75,12 +90,27 @@ class PSGD(Solver):
             raise ValueError(f"PSGD(decay={self.decay}): the weight of the old norm lies in [0, 1).")
         if self.initial is not None and not 0 < self.initial < math.inf:
             raise ValueError(f"PSGD(initial={self.initial}): the first Q is a positive multiple of I, or None for that of the first pair.")
+        if min(self.rank, self.probes, self.updates) < 1:
+            raise ValueError(f"PSGD(rank={self.rank}, probes={self.probes}, updates={self.updates}): each is at least 1.")
+
+    def damped(self, operator: Operator, damping: Damping) -> Operator:
+        damped = damping(operator, self.power)
+        if isinstance(damped, Shifted) and isinstance(damped.operator, Absolute):  # what noise in products with C itself makes of it
+            return RootShifted(damped.operator, damped.shift**2, 2.0)
+        return damped
 
     def _refresh(self, state: State, operator: Operator, damping: Damping) -> State:
-        damped = self.damped(operator, damping)
-        pairs, delta = (damped.operator, damped.shift) if isinstance(damped, Shifted) else (damped, 0.0)
-        if not isinstance(pairs, Pairs):
-            self.refuse(damped, "it adds noise to pairs: use Tikhonov damping")
+        given, delta = _without_shift(self.damped(operator, damping))
+        if isinstance(given, Pairs):
+            return self._updated(state, given, delta)
+        fit = fit_of(given, self.structure, self.rank)
+        for _ in range(self.updates):
+            v, h = probed(given, self.probes, self._generator("probes", state.get("updates", 0), given.n))
+            state = self._updated(state, Pairs(v, h, fit), delta)
+        return state
+
+    def _updated(self, state: State, pairs: Pairs, delta: float | Tensor) -> State:
+        """After one update."""
         count: int = state.get("updates", 0)
         h = pairs.h + (delta + torch.finfo(pairs.dtype).eps * pairs.h.abs()) * self._noise(pairs, count)
         start = state.get("Q") or self._start(pairs, h, delta)
@@ -134,6 +164,15 @@ class PSGD(Solver):
         X = V.reshape(*state["sizes"], -1)
         factors = psgd_modes.factors(Q, len(state["sizes"]) - 1)
         return mode_products(factors, mode_products(factors, X), transpose=True).reshape(V.shape), state
+
+
+def _without_shift(damped: Operator) -> tuple[Operator, float | Tensor]:
+    """What pairs are taken of, and the size of the noise that stands for the damping: of pairs, and of C where |C| is meant."""
+    if isinstance(damped, Shifted) and isinstance(damped.operator, Pairs):
+        return damped.operator, damped.shift
+    if isinstance(damped, RootShifted) and isinstance(damped.operator, Absolute) and damped.power == 2:
+        return damped.operator.operator, damped.shift**0.5
+    return (damped.operator if isinstance(damped, Absolute) else damped), 0.0
 
 
 def _cast(state: State, like: Tensor) -> State:

@@ -52,6 +52,8 @@ class Riemannian(Solver):
     """
 
     accepts: ClassVar[frozenset[type[Operator]]] = frozenset({Kronecker, Dense, Diagonal})
+    averages: ClassVar[bool] = True
+    half: ClassVar[bool] = True
 
     method: Method = "ingd"
     group: Group | tuple[Group, ...] = "dense"

@@ -168,8 +168,8 @@ class SMW(Solver):
         X = V.to(wide)
         if "factor" in state:
             root, shift = state["root"].unsqueeze(-1), state["shift"]
-            inside = rows.right(root * torch.cholesky_solve(root * rows.left(X), state["factor"]))
-            result = inside.neg_().add_(X).div_(spread(shift, rows.size))  # in place: vectors are as long as the parameters
+            inside = root * torch.cholesky_solve(root * rows.left(X), state["factor"]) / shift[..., None, None]
+            result = rows.right(inside.neg_()).addcdiv_(X, spread(shift, rows.size))  # one pass: vectors are as long as the parameters
         else:
             result = LowRankEigen(rows, state["vectors"], state["values"], state["rest"]) @ X
         return result.to(V.dtype), state

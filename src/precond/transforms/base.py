@@ -20,13 +20,15 @@ class Scene:
     """What a transform may look at.
 
     raw: the gradient as the loop left it. rates: the learning rate of each block. started: False before the preconditioner's first
-    step, where the direction is the gradient itself. tilings: how the entries of a block are tiles, of the blocks that are tiled.
+    step, where the direction is the gradient itself. tilings: how the entries of a block are tiles, of the blocks that are tiled. shapes: the
+    natural shape of each block: its tensor's, or that of its matrix [W, b].
     """
 
     raw: Mapping[str, Tensor]
     rates: Mapping[str, float]
     started: bool = True
     tilings: Mapping[str, Tiling] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
