@@ -3,12 +3,13 @@
 Run `python benchmarks/conv_factors.py` (--help for the options). What is measured, in float32, for convolutions of stride 1 as in residual
 networks and some small ones, kernel k, padding k // 2:
 
-* patches: rows of patches, some examples at a time, and their products; lags: `patch_second_moment`, products of shifted images. Both make the sum
-  of a a^T with the homogeneous coordinate, of all examples;
-* time: the median over rounds, both in turn. It is the CPU time of the process, which other work on the machine changes little; with several threads
-  it is that of all of them;
+* patches: rows of patches, some examples at a time, and their products; lags: `patch_second_moment`, products of shifted images. Both make
+  the sum of a a^T with the homogeneous coordinate, of all examples;
+* time: the median over rounds, both in turn. It is the CPU time of the process, which other work on the machine changes little; with
+  several threads it is that of all of them;
 * memory: the peak bytes of one call beyond the input, the result (n^2 numbers) included;
-* model: the ratio that `precond.layers.lag_cost` counts from the shapes, and what is taken by it. Its constants are fitted to such measurements.
+* model: the ratio that `precond.layers.lag_cost` counts from the shapes, and what is taken by it. Its constants are fitted to such
+  measurements.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from precond.observe import LayerColumns, Part
 from precond.representations.inputs import few_examples, input_rows, input_sums
 
 SHAPES = [  # examples, channels, pixels, kernel, groups
-    (32, 3, 32, 3, 1), (32, 3, 32, 7, 1), (32, 16, 32, 3, 1), (32, 64, 32, 3, 1), (32, 64, 56, 3, 1), (32, 128, 28, 3, 1), (32, 256, 14, 3, 1),
-    (32, 512, 7, 3, 1), (4, 512, 7, 3, 1), (1, 512, 7, 3, 1), (32, 64, 32, 3, 64), (32, 32, 16, 5, 1), (4, 128, 8, 3, 1), (1, 64, 7, 3, 1),
-    (32, 8, 8, 3, 1), (1, 8, 8, 3, 1),
+    (32, 3, 32, 3, 1), (32, 3, 32, 7, 1), (32, 16, 32, 3, 1), (32, 64, 32, 3, 1), (32, 64, 56, 3, 1), (32, 128, 28, 3, 1),
+    (32, 256, 14, 3, 1), (32, 512, 7, 3, 1), (4, 512, 7, 3, 1), (1, 512, 7, 3, 1), (32, 64, 32, 3, 64), (32, 32, 16, 5, 1),
+    (4, 128, 8, 3, 1), (1, 64, 7, 3, 1), (32, 8, 8, 3, 1), (1, 8, 8, 3, 1),
 ]  # fmt: skip
 
 

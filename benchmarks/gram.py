@@ -4,8 +4,8 @@ Run `python benchmarks/gram.py` (--help for the options). What is measured, on a
 
 * "step": forward, backward and update with `torch.optim.SGD(lr=0)`;
 * "layer_gram", "full_gram": the same step with `empirical_fisher` x the representation x `smw`, observed and refreshed every step;
-* time: of interleaved rounds, each step divided by the plain step of its round: the median of the ratios, and the least time over the least. By the
-  clock, and by the CPU time of the process, which other work on the machine changes less. The budget is 3;
+* time: of interleaved rounds, each step divided by the plain step of its round: the median of the ratios, and the least time over the
+  least. By the clock, and by the CPU time of the process, which other work on the machine changes less. The budget is 3;
 * memory: the peak bytes of two steps, building the network included, beyond those of plain steps, in vectors of all parameters, the
   direction being one; and the bytes of all that stays held after a step, beside the n P numbers that rows would be.
 """

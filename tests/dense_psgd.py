@@ -28,9 +28,11 @@ def contraction(X: Tensor, sizes: tuple[int, ...], mode: int) -> Tensor:
     return total / len(X)
 
 
-def lower_bound(S: Tensor) -> Tensor:
-    """|S x| / |x| with x the column that has the largest diagonal entry."""
+def lower_bound(S: Tensor, column: bool = False) -> Tensor:
+    """|S x| / |x| with x the column that has the largest diagonal entry; or x = S c, c the longest column."""
     x = S[:, S.diagonal().argmax()]
+    if column:
+        x = S @ S[:, torch.stack([c.norm() for c in S.T]).argmax()]
     return (S @ x).norm() / x.norm()
 
 
@@ -47,7 +49,7 @@ def rotated(Q: Tensor) -> Tensor:
 
 def modes(
     factors: list[Tensor], forms: tuple[str, ...], L: list[float], v: Tensor, h: Tensor, *, step: float, decay: float = 0.9, update: str = "EQ",
-    whitening: bool = False, largest: bool = False,
+    whitening: bool = False, largest: bool = False, column: bool = False,
 ) -> tuple[list[Tensor], list[float]]:  # fmt: skip
     """(factors, L) after one update; every factor a matrix, that of a diagonal or an identity too."""
     sizes = tuple(F.shape[0] for F in factors)
@@ -68,7 +70,7 @@ def modes(
             gradient, norm = gradient.diagonal().diag(), (a + b).diagonal().max()
         else:
             single = sum(f != "identity" for f in forms) == 1
-            norm = torch.trace(a + b) if single and not free else lower_bound(a + b)
+            norm = torch.trace(a + b) if single and not free and not column else lower_bound(a + b, column)
             gradient = gradient if free else gradient.triu()
         size = float(gradient.abs().max()) if largest else max(decay * L[m] + (1 - decay) * float(norm), float(norm))
         moved = F - step / size * gradient @ F

@@ -85,6 +85,7 @@ CASES["recursive-nan"] = Case(_cell("ggn_recursive", "kron_io", "cholesky", hist
 CASES["bfgs-unequal"] = Case(_cell("bfgs_hessian", "full", "bfgs"), ends=UNEQUAL)
 CASES["bfgs-no_sync"] = Case(_cell("bfgs_hessian", "full", "bfgs"), micro=2)
 CASES["kbfgs-unequal"] = Case(_cell("bfgs_hessian", "kron_io", "bfgs", history=0.9), ends=UNEQUAL)
+CASES["kbfgs_l-unequal"] = Case(_recipe("kbfgs_l", solver_interval=1), ends=UNEQUAL)
 CASES["batched_terms-unequal"] = Case(_cell(BatchedEmpiricalFisher(scale="terms"), "layer", "cholesky", history=0.9), ends=UNEQUAL)
 CASES["rows-unequal"] = Case(_cell("ggn", "full_low_rank", "smw", history=precond.history.Window(2)), ends=UNEQUAL)
 CASES["rows-nan"] = Case(_cell("empirical_fisher", "layer_gram", "smw"), nan=True)

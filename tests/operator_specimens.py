@@ -31,6 +31,7 @@ from precond.operators import (
     MatrixFree,
     Operator,
     Probed,
+    Repeated,
     RootShifted,
     Secant,
     SecantKronecker,
@@ -140,6 +141,11 @@ def kronecker_power(seed: int) -> Specimen:
     B, A, d = definite(a, seed=seed + 1), definite(b, seed=seed + 2), positive(c, seed=seed + 3)
     scale = torch.tensor(2.0, dtype=torch.float64)
     return Kronecker(B, A, d, exponent=0.25, scale=scale), 2 * torch.kron(torch.kron(root(B, 0.25), root(A, 0.25)), torch.diag(d**0.25))
+
+
+def secant_kronecker_memory(seed: int) -> Specimen:
+    (B, M), A = secant_memory(seed), definite(2, seed=seed + 3)
+    return SecantKronecker(B, Probed(A, draw(2))), torch.kron(M, A)
 
 
 def secant_kronecker(seed: int) -> Specimen:
@@ -369,6 +375,17 @@ def blocks(seed: int) -> Specimen:
     return BlockDiagonal({"a": Dense(A), "kind": Diagonal(d)}, {"a": where, "kind": other}, n=6), M  # coordinate 3 is in no block
 
 
+def repeated(seed: int) -> Specimen:
+    (count,) = sizes(seed, 1)
+    C, M = dense(seed)
+    return Repeated(C, count), torch.block_diag(*[M for _ in range(count)])
+
+
+def repeated_stack(seed: int) -> Specimen:
+    C, M = kronecker_stack(seed)
+    return Repeated(C, 2), torch.block_diag(M, M)
+
+
 def consecutive(seed: int) -> Specimen:
     made = kronecker(seed), dense(seed), shifted_gram(seed)
     return BlockDiagonal({str(i): C for i, (C, _) in enumerate(made)}), torch.block_diag(*(M for _, M in made))
@@ -435,9 +452,10 @@ SPECIMENS: dict[type[Operator], tuple[Maker, ...]] = {
     MadePrecision: (made_precision,),
     MatrixFree: (matrix_free,),
     Probed: (probed,),
+    Repeated: (repeated, repeated_stack),
     RootShifted: (root_shifted, root_shifted_low_rank),
     Secant: (secant,),
-    SecantKronecker: (secant_kronecker,),
+    SecantKronecker: (secant_kronecker, secant_kronecker_memory),
     SecantMemory: (secant_memory,),
     Shifted: (shifted, shifted_gram, live_shifted),
     Sparse: (sparse,),

@@ -25,6 +25,7 @@ from precond.operators import (
     MatrixFree,
     Operator,
     Probed,
+    Repeated,
     Secant,
     SecantKronecker,
     SecantMemory,
@@ -83,8 +84,12 @@ STRUCTURES: dict[str, Callable[[], Operator]] = {
     "dense": lambda: Dense(conditioned(6)),
     "dense_1x1": lambda: Dense(torch.tensor([[2.0]], dtype=torch.float64)),
     "dense_stack": lambda: Dense(torch.stack([conditioned(3, seed=s) for s in range(4)])),
+    "repeated": lambda: Repeated(Dense(conditioned(3)), 2),
     "secant": lambda: Secant(conditioned(5), draw(5), draw(5, seed=1)),
     "secant_kronecker": lambda: SecantKronecker(Secant(conditioned(3), draw(3), draw(3, seed=1)), Probed(conditioned(2), draw(2))),
+    "secant_kronecker_memory": lambda: SecantKronecker(
+        SecantMemory(draw(2, 3), draw(2, 3) @ conditioned(3), torch.tensor(2.0, dtype=torch.float64)), Probed(conditioned(2), draw(2))
+    ),
     "secant_memory": lambda: SecantMemory(draw(2, 5), draw(2, 5) @ conditioned(5), torch.tensor(2.0, dtype=torch.float64)),
     "diagonal": lambda: Diagonal(conditioned(5).diagonal()),
     "kronecker": lambda: Kronecker(conditioned(3, seed=1), conditioned(2, seed=2)),
@@ -111,8 +116,10 @@ STRUCTURES: dict[str, Callable[[], Operator]] = {
     "sparse_precision": lambda: network(conditioned(5), [[3, -1], [0, 3], [-1, -1], [-1, -1], [1, 2]]),
 }
 DAMPINGS: dict[str, Damping] = {"none": Tikhonov(0.0), "tikhonov": Tikhonov(0.1), "outside": Outside(0.1), "factored": Factored(0.1)}
-DENSE = {"dense", "dense_1x1", "dense_stack", "secant"}
-KRONECKER = {"kronecker", "kronecker_three", "kronecker_stack", "kronecker_power", "kronecker_rows", "kronecker_blocks", "secant_kronecker"}
+DENSE = {"dense", "dense_1x1", "dense_stack", "repeated", "secant"}
+KRONECKER = {"kronecker", "kronecker_three", "kronecker_stack", "kronecker_power", "kronecker_rows", "kronecker_blocks", "secant_kronecker"} | {
+    "secant_kronecker_memory"
+}
 ROW_FORMS = {"low_rank", "low_rank_stack", "gram"}
 ANY = {"dense", "dense_1x1", "matrix_free"}
 KRYLOV = ANY | {"diagonal", "dense_stack", "kronecker", "kronecker_sum", "sparse"}
@@ -167,7 +174,7 @@ def refused(solver: str, structure: str, damping: str, power: float) -> str | No
         (structure in KRONECKER and damping == "tikhonov") or (damping == "outside" and (power != 1 or structure in KRONECKER))
     ):
         return "Factored damping of a Kronecker"
-    if (solver, structure) == ("bfgs", "secant_kronecker") and damping in ("tikhonov", "outside"):  # its pair is that of a factor
+    if solver == "bfgs" and structure in ("secant_kronecker", "secant_kronecker_memory") and damping in ("tikhonov", "outside"):  # its pair is that of a factor
         return "use Factored damping"
     if solver in ("cholesky", "lu", "smw") and structure in KRONECKER and (damping in ("tikhonov", "outside") or power != 1):
         return "use Factored damping"

@@ -23,6 +23,7 @@ import precond
 from precond.damping import Factored
 from precond.errors import InvalidCombination, NeedsTrajectory, ObservationError, UsageError
 from precond.matrices import BFGSHessian
+from precond.representations import KronIO
 from precond.solvers import BFGS
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
@@ -113,6 +114,28 @@ def test_kbfgs_follows_the_loops(initial: float | None, decay: float) -> None:
         weights, data(), torch.tanh, criterion, lr=LR, damping=DAMPING, beta=0.9, rule=loops.Rule(), decay=decay, initial=initial
     )
     close(fit(model, optimizer, criterion, data()), expected)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_output_factor_of_all_its_pairs_is_the_dense_one(rule: dict[str, Any]) -> None:
+    def path(memory: int | None) -> Tensor:
+        model = network()
+        options = {"matrix": BFGSHessian(decay=0.5, **rule), "repr": KronIO(memory=memory), "damping": Factored(DAMPING, pi=False)}
+        _, optimizer, criterion = attached(model, **options)
+        return torch.stack(fit(model, optimizer, criterion, data()))
+
+    close(path(STEPS), path(None), rtol=1e-8)  # two ways to the same matrix, each of which divides by s^T y
+    assert (path(1) - path(None)).abs().max() > 1e-6
+
+
+def test_a_memory_is_refused_where_there_are_groups_or_no_number() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten()).double()
+    preconditioner = precond.Preconditioner(matrix="bfgs_hessian", repr=KronIO(memory=3), solver="bfgs")
+    preconditioner.attach(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=LR))
+    assert "one output factor a group" in str(preconditioner.describe())
+    for memory in (0, -1, True, 1.5):
+        with pytest.raises(ValueError, match="a number of pairs"):
+            KronIO(memory=memory)  # type: ignore[arg-type]
 
 
 def clipped(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module, batch: Batch) -> None:
@@ -281,7 +304,14 @@ def test_a_batch_changed_in_place_is_refused() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("options", [{}, {"solver": "bfgs"}, {"matrix": BFGSHessian(pairs="gradients")}, {"repr": "kron_io", "solver": "bfgs"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"solver": "bfgs"}, {"matrix": BFGSHessian(pairs="gradients")}, {"repr": "kron_io", "solver": "bfgs"},
+        {"repr": KronIO(memory=2), "solver": "bfgs"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_state_resumes_bit_exactly(options: dict[str, Any]) -> None:
     model = network()
     preconditioner, optimizer, criterion = attached(model, **options)

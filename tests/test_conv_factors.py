@@ -2,12 +2,13 @@
 
 Claims:
 
-* for every kernel, dilation, padding, mode, number of groups and channels, one example included: the sum of a a^T by lags is that of the patches;
+* for every kernel, dilation, padding, mode, number of groups and channels, one example included: the sum of a a^T by lags is that of the
+  patches;
 * strips at the border count: leaving them out is seen, unless the image is zero there;
 * any split into pieces of few examples or few channels at a time has the same sum;
 * the operations that the cost model counts are those that are made, and the rule takes what costs less; another stride takes patches;
-* `kron_io`, FOOF, `kron_eigen` and K-BFGS's `kron_io` are the same by either way and equal the oracle, with micro-batches of unequal weight, ignored targets,
-  a module called at several sizes and flattened batches, and no patch is formed where nothing needs one.
+* `kron_io`, FOOF and `kron_eigen` are the same by either way and by both, with batches of unequal size, ignored targets, a module called at
+  several sizes and flattened batches; `kron_io` and FOOF equal the oracle, and no patch is formed where nothing needs one.
 """
 
 from __future__ import annotations
@@ -61,9 +62,8 @@ def convolutions(draw: st.DrawFn) -> tuple[_ConvNd, Tensor]:
     least = [max(1, side + 1, 0 if padding == "same" else r + 1 - 2 * side) for side, r in zip(sides, reach, strict=True)]
     sizes = [low + extra for low, extra in zip(least, draw(each(st.integers(0, 3))), strict=True)]
     groups, inner = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    module = KINDS[spatial](
-        groups * inner, groups, tuple(kernel), dilation=tuple(dilation), padding=padding, padding_mode=mode, groups=groups, dtype=torch.float64
-    )  # fmt: skip
+    options: dict[str, Any] = {"dilation": tuple(dilation), "padding": padding, "padding_mode": mode, "groups": groups}
+    module = KINDS[spatial](groups * inner, groups, tuple(kernel), dtype=torch.float64, **options)
     return module, normal(draw(st.integers(1, 3)), groups * inner, *sizes)
 
 
@@ -129,13 +129,23 @@ def seen_by(module: _ConvNd, x: Tensor) -> LayerColumns:
 
 
 def test_the_cheaper_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule, wide, tiny = Convolution(), nn.Conv2d(32, 1, 3, padding=1, dtype=torch.float64), nn.Conv2d(2, 1, 3, padding=1, dtype=torch.float64)
+    rule, wide, tiny = Convolution(), nn.Conv2d(32, 1, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1)
     large, small = seen_by(wide, normal(8, 32, 12, 12)), seen_by(tiny, normal(1, 2, 4, 4))
     assert rule.input_moment(large, True) is not None and rule.input_moment(small, True) is None
     monkeypatch.setattr(conv, "by_lags", lambda *_: NOTHING)
     assert rule.input_moment(small, True) is not None
     monkeypatch.setattr(conv, "by_lags", lambda *_: EVERYTHING)
     assert rule.input_moment(large, True) is None
+
+
+def test_a_rule_with_rows_of_its_own_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rolled(Convolution):
+        def inputs(self, seen: LayerColumns) -> Tensor:
+            return super().inputs(replace(seen, args=(seen.input.roll(1, -1),)))
+
+    monkeypatch.setattr(conv, "by_lags", lambda *_: NOTHING)
+    seen = seen_by(nn.Conv2d(2, 1, 3), normal(2, 2, 6, 6))
+    assert Convolution().input_moment(seen, True) is not None and Rolled().input_moment(seen, True) is None
 
 
 def test_the_cost_is_in_bytes_moved() -> None:

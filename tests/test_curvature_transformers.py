@@ -109,7 +109,7 @@ class Positions(nn.Module):
     def __init__(self, form: str) -> None:
         super().__init__()
         self.form = form
-        self.tokens, self.positions = nn.Embedding(5, 3), nn.Embedding(4, 3)
+        self.tokens, self.positions = nn.Embedding(5, 3), nn.Embedding(6, 3)
         self.mix, self.head = nn.Linear(3, 3), nn.Linear(3, 5)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -147,6 +147,19 @@ def test_an_embedding_shared_by_all_examples_counts_as_one_an_example(form: str,
 def test_an_embedding_shared_by_all_examples_is_refused_where_it_is_not_said(repr: str) -> None:
     with pytest.raises(precond.ObservationError, match="'positions' has 1 leading rows for a batch of 3"):
         positions("one", "ggn", repr)
+
+
+@pytest.mark.parametrize("repr", ["kron_io", "full", "diagonal", "layer_gram"])
+@pytest.mark.parametrize(("form", "length"), [("row", 3), ("row", 6), ("one", 3)])
+def test_positions_as_long_as_a_multiple_of_the_batch_are_refused_as_well(form: str, length: int, repr: str) -> None:
+    """Their leading dimension tells nothing, but they count 0, 1, 2, ...; tokens in another order are tokens."""
+    tokens, target = labels(5, 3, length, seed=8), labels(5, 3, length, seed=9)
+    with pytest.raises(precond.ObservationError, match="'positions' (has|was called)"):
+        positions(form, "ggn", repr, tokens, target)
+    shared = positions(form, "ggn", repr, tokens, target, rows={"positions": "shared"})
+    close(shared, positions("each", "ggn", repr, tokens, target))
+    wrong = positions(form, "ggn", repr, tokens, target, rows={"positions": "flattened"}) if form == "row" else shared * 0
+    assert (wrong - shared).norm() > 1e-3 * shared.norm(), "negative control: what would come of it"
 
 
 def test_shared_rows_leave_the_loss_the_gradient_and_a_second_preconditioner_alone() -> None:

@@ -97,6 +97,21 @@ def test_per_factor_is_added_to_each_factor_before_the_exponent(value: Any) -> N
     assert_close(terms.to_dense(), 2 * torch.kron(B + value * eye(2), A + value * eye(3)), **EXACT)
 
 
+def test_per_factor_of_some_factors_leaves_the_others() -> None:
+    C = Kronecker(B, A)
+    second = torch.kron(B, A + 0.3 * eye(3))
+    for only in ((1,), (-1,), (1, 5)):
+        assert_close(PerFactor(0.3, only=only)(C).to_dense(), second, **EXACT)
+    assert_close(PerFactor(0.3, only=(0, 1))(C).to_dense(), PerFactor(0.3)(C).to_dense(), **EXACT)
+    differ(PerFactor(0.3)(C).to_dense(), second)
+    assert_close(PerFactor(0.3, only=(0,))(KroneckerSum(B, A)).to_dense(), torch.kron(B + 0.3 * eye(2), eye(3)) + torch.kron(eye(2), A), **EXACT)
+    terms = KroneckerSum(Kronecker(B, A), Kronecker(B, A))
+    assert_close(PerFactor(0.3, only=(1,))(terms).to_dense(), 2 * second, **EXACT)
+    for wrong in ((), (True,), (0.5,)):
+        with pytest.raises(ValueError, match=r"such as \[1\]"):
+            PerFactor(0.3, only=wrong)  # type: ignore[arg-type]
+
+
 def test_per_factor_sees_the_balance_of_the_factors() -> None:
     """Negative control: what `Factored` is there for."""
     differ(PerFactor(0.1)(Kronecker(B / 10, A * 10)).to_dense(), PerFactor(0.1)(Kronecker(B, A)).to_dense())

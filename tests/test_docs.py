@@ -63,9 +63,30 @@ def test_the_code_of_a_page_runs(page: Path) -> None:
     assert run(page)
 
 
+def test_the_page_on_representations_has_them_all_and_what_it_says_of_three_ways_to_a_rank_holds() -> None:
+    table = (DOCS / "representations.md").read_text().split("## Few rows")[0]
+    assert {name for name in precond.representations.names() if f"`{name}`" not in table} == set()
+    found = run(DOCS / "representations.md")
+    data = (found["model"], found["criterion"], found["inputs"], found["targets"])
+    M = precond.curvature(*data, matrix="ggn", repr="full").to_dense()
+    best, sketch = ((found[name].to_dense() - M).norm() for name in ("best", "sketch"))
+    assert best < sketch * 1.0001 and sketch < 0.1 * M.norm()
+    assert found["newton"].blocks["model"].rank >= 5
+
+
 def test_the_hugging_face_section_of_the_readme_runs() -> None:
     torch.manual_seed(0)
     assert run(DOCS.parent / "README.md", "## Hugging Face\n")["preconditioner"].diagnostics["observations"] == 3
+
+
+def test_the_section_of_the_readme_on_failures_runs_and_what_it_shows_is_right() -> None:
+    torch.manual_seed(0)
+    found = run(DOCS.parent / "README.md", "## When something goes wrong\n")
+    C, spectrum = found["preconditioner"].operator("0", damped=True).to_dense(), found["spectrum"]
+    assert found["preconditioner"].diagnostics["refreshes"] == 6
+    torch.testing.assert_close(spectrum.values, torch.linalg.eigvalsh(C), rtol=1e-3, atol=1e-5)
+    text = (DOCS.parent / "README.md").read_text()
+    assert all(name in text for name in ("retries_float64", "blocks_kept", "directions_zeroed")) and "refreshes" in found["preconditioner"].diagnostics
 
 
 @pytest.mark.parametrize(("name", "repr"), [("Blend", "layer"), ("Rolled", "layer"), ("Rolled", "unit")])

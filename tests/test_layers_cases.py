@@ -113,3 +113,23 @@ def test_a_layer_trains_with_the_self_check(case: Case) -> None:
 def test_every_family_has_a_case() -> None:
     seen = {type(m) for case in LAYERS.values() for m in case.make().modules()}
     assert set(_RULES) <= seen | {nn.Conv2d, nn.Linear, nn.Embedding}
+
+
+def test_every_layer_that_is_promised_has_a_case() -> None:
+    modules = [m for case in LAYERS.values() for m in case.make().modules()]
+    promised = {
+        nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
+        nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Embedding, nn.EmbeddingBag,
+        nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN, nn.ParameterList, nn.ParameterDict, nn.Bilinear, nn.PReLU,
+    }  # fmt: skip
+    assert promised <= {type(m) for m in modules}
+    convolutions = [m for m in modules if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not isinstance(m, nn.modules.conv._ConvTransposeNd)]
+    for kind in (nn.Conv1d, nn.Conv3d):
+        assert {m.padding_mode for m in convolutions if isinstance(m, kind)} == {"zeros", "reflect", "replicate", "circular"}
+    assert {m.padding for m in convolutions if isinstance(m.padding, str)} == {"same", "valid"}
+    assert {m._qkv_same_embed_dim for m in modules if isinstance(m, nn.MultiheadAttention)} == {True, False}, "packed and separate"
+    assert any(m.padding_idx is not None for m in modules if isinstance(m, nn.Embedding))
+    names = {name.rpartition(".")[2] for case in LAYERS.values() for name, _ in case.make().named_parameters()}
+    assert {"original", "original0", "weight_g", "weight_orig"} <= names, "spectral_norm and weight_norm, new and old"
+    assert {"nf"} <= {name for m in modules for name in vars(m)}, "the Conv1D of transformers"
+    assert any(not all(p.requires_grad for p in case.make().parameters()) for case in OTHERS), "an adapter on a frozen base"

@@ -7,6 +7,7 @@
 - Attention: the packed form of one input has the A of each projection, and its B holds those of the three as diagonal blocks; three
   inputs are refused for it. Two modules with the same weights, packed and separate, have the same gradients.
 - Rows that flatten batch and positions say so for convolutions and channel norms, and without it they are refused by name.
+- A step on an empty batch is refused, and so is `curvature` of one.
 - Shapes that hypothesis draws: the rows of a convolution multiply to its output, and to its gradient.
 """
 
@@ -236,6 +237,17 @@ def test_sequences_of_any_length_have_the_gradients_of_each_example_alone(
         got, by_example(seen, 0 if first else 1, pick=lambda name, a, i: a.narrow(0 if first else 1, i, 1) if isinstance(a, Tensor) else a)
     )
     close({name: g.sum((0, 1)) for name, g in got.items()}, whole(seen))
+
+
+@pytest.mark.parametrize("repr", ["kron_io", "layer_gram", "diagonal", "matrix_free"])
+def test_a_step_on_no_examples_is_refused_in_one_sentence(repr: str) -> None:
+    model = seeded(lambda: nn.Linear(3, 2))
+    preconditioner = precond.Preconditioner(matrix="ggn", repr=repr, solver="cg", damping=0.1)
+    with preconditioner.attach(model, CE, torch.optim.SGD(model.parameters(), lr=0.1)):
+        with pytest.raises(precond.UsageError, match="a batch of inputs holds no examples: curvature needs at least one"):
+            model(normal(0, 3))
+        with torch.no_grad():
+            assert model(normal(0, 3)).shape == (0, 2), "an evaluation is nobody's business"
 
 
 @pytest.mark.parametrize("name", ["conv1d", "transposed2d", "groupnorm", "self", "gru", "bag-sum"])

@@ -2,7 +2,8 @@
 
 - an override by glob, class or module changes the cell or the damping of the layers it matches, the last match wins, None leaves the
   gradient raw; one that matches nothing, or has an unknown option, is refused with the names there are;
-- `strict` refuses what falls back otherwise, by name; `describe()` lists every trainable parameter;
+- `strict` refuses what falls back otherwise, by name; `describe()` lists every trainable parameter; the chain of fallbacks; no warning of what
+  the user asked for;
 - before `start_step` the gradient is raw and statistics are gathered;
 - the intervals, as numbers or functions of the step, say when the matrix is observed and when the solver refreshes; on other steps there is
   no layer hook; what depends on the criterion is not asked for one then.
@@ -10,6 +11,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +108,54 @@ def test_strict_refuses_the_fallback_that_describe_shows() -> None:
 def test_describe_says_what_is_left_and_why() -> None:
     rows = make(overrides={"2": None}).attach(net(), nn.CrossEntropyLoss()).describe().rows
     assert [(r.parameter, r.note) for r in rows if r.block == "-"] == [("2.weight", "left by an override"), ("2.bias", "left by an override")]
+
+
+def test_what_the_user_left_out_or_what_falls_back_warns_of_nothing() -> None:
+    """The only warning is that of `test_identities_derived.py`: a layer that no option asked to leave keeps its plain gradient."""
+
+    def norms() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for matrix, repr, overrides in (
+            ("ggn", "kron_io", None),  # the norm falls back
+            ("input_second_moment", "kron_io", {"1": None}),  # it has no inputs, and is left out
+            ("input_second_moment", "kron_io", {nn.LayerNorm: None}),
+            ("input_second_moment", "kron_io", {"1": {"matrix": "ggn", "repr": "unit"}}),
+        ):
+            model = norms()
+            make(matrix, repr, overrides=overrides).attach(model, nn.CrossEntropyLoss(), sgd(model))
+        model = norms()
+        model[1].requires_grad_(False)
+        make("input_second_moment", "kron_io").attach(model, nn.CrossEntropyLoss(), sgd(model))
+        model = norms()
+        some = torch.optim.SGD([*model[0].parameters(), *model[2].parameters()], lr=0.1)
+        table = make("input_second_moment", "kron_io").attach(model, nn.CrossEntropyLoss(), some).describe()
+        assert [row.parameter for row in table.rows if row.block == "-"] == ["1.weight", "1.bias"]
+    with pytest.warns(UserWarning, match="layer '1' keeps its plain gradient"):
+        make("input_second_moment", "kron_io").attach(model := norms(), nn.CrossEntropyLoss(), sgd(model))
+
+
+def test_the_chain_of_fallbacks_is_kronecker_unit_diagonal() -> None:
+    """Norms go by unit, what has neither by element; the solver is the user's where it fits."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.GRU(5, 3, batch_first=True)).double()
+    criterion, optimizer = nn.MSELoss(), sgd(model)
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.inner(x)[0]
+            return out
+
+    rows = make("empirical_fisher", "kron_io", "cholesky").attach(First(), criterion, optimizer).describe().rows
+    held = {row.parameter.removeprefix("inner."): row.triple.split(" x ")[1:] for row in rows}
+    assert held["0.weight"] == ["kron_io", "cholesky"] and held["1.weight"] == ["unit", "cholesky"]
+    assert held["2.weight_hh_l0"] == ["diagonal", "elementwise"]
+    assert all("fallback from kron_io" in row.note for row in rows if not row.parameter.startswith("inner.0"))
 
 
 def test_before_the_start_the_gradient_is_raw_and_statistics_are_gathered() -> None:

@@ -1,11 +1,14 @@
 """Claims about the `newton_schulz` solver, beside those of the grid in `test_solvers.py`.
 
 - Identity 26: roots 1, 2, 4 and 8 agree with those by eigendecomposition; a stack equals its matrices.
-- The inverse starts from the last one where that is close, and is the same; a root never does.
+- The inverse starts from the last one where that is close, leaves the last iteration to the application, and is within the tolerance asked, down
+  to 1e-10; a root never does.
 - With Muon's coefficients, (G G^T)^(-1/2) G is Muon's loop on G; without, the polar factor U V^T of an SVD.
 """
 
 from __future__ import annotations
+
+import io
 
 import pytest
 import torch
@@ -82,6 +85,73 @@ def test_an_inverse_starts_from_the_last_one_where_that_is_close() -> None:
     assert_close(solver.apply(far, eye(8))[0], torch.linalg.inv(20 * A + 0.1 * eye(8)), **EXACT)
     half = NewtonSchulz(power=0.5)
     assert half.init(Dense(A), Tikhonov(0.1))["roots"] == {}  # negative: a root has no warm start
+
+
+def departure(X: Tensor, A: Tensor) -> float:
+    """|A^(1/2) X A^(1/2) - I| / |I|"""
+    half = power_of(A, 0.5)
+    return float((half @ X @ half - eye(len(A))).norm()) / len(A) ** 0.5
+
+
+def test_an_iteration_left_to_the_application_squares_the_distance() -> None:
+    A, move = conditioned(8, 1e4), conditioned(8, 1e4, seed=4)
+    solver, before, after = NewtonSchulz(tolerance=1e-2), [], []
+    state = solver.init(Dense(A), Tikhonov(0.0))
+    for size in (1e-5, 1e-6):
+        moved = solver.refresh(state, Dense(A + size * move), Tikhonov(0.0))
+        assert moved["iterations"] == 0
+        assert_close(moved["roots"], state["roots"], rtol=0, atol=0)
+        X = solver.apply(moved, eye(8))[0]
+        assert_close(X, X.T, **EXACT)
+        before.append(departure(state["roots"]["0"], A + size * move))
+        after.append(departure(X, A + size * move))
+    assert after[0] < 8**0.5 * before[0] ** 2
+    assert before[0] < 12 * before[1]  # negative: without it the distance is of first order
+    assert after[0] > 50 * after[1]
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-7, 1e-11])
+def test_a_matrix_that_keeps_moving_is_followed_within_the_tolerance(tolerance: float) -> None:
+    n, A = 40, conditioned(40, 1e4)
+    solver = NewtonSchulz(tolerance=tolerance)
+    state = solver.init(Dense(A), Tikhonov(1e-3))
+    first, iterations, worst, stale = solver.apply(state, eye(n))[0], [], 0.0, 0.0
+    for k in range(8):
+        X = draw(n, n, seed=k)
+        root = power_of(A, 0.5)
+        A = 0.99 * A + 0.01 * root @ X @ X.T @ root / n  # an average of outer products, 1 % of it new
+        state = solver.refresh(state, Dense(A), Tikhonov(1e-3))
+        iterations.append(state["iterations"])
+        worst = max(worst, departure(solver.apply(state, eye(n))[0], A + 1e-3 * eye(n)))
+        stale = departure(first, A + 1e-3 * eye(n))
+    assert worst < 1.01 * tolerance + 1e-12
+    assert stale > 1e-2  # negative: the first inverse
+    assert max(iterations) <= 4 and (sum(iterations) == 0) == (tolerance == 1e-2)
+
+
+def test_a_kronecker_inverse_is_formed_and_an_indefinite_matrix_is_never_taken_for_close() -> None:
+    solver, old = NewtonSchulz(**PRECISE), Kronecker(conditioned(3), conditioned(2))
+    new = Kronecker(conditioned(3) + 0.01 * conditioned(3, seed=4), conditioned(2))
+    state = solver.refresh(solver.init(old, PerFactor(0.1)), new, PerFactor(0.1))
+    assert state["rest"] == {} and state["iterations"] < 5
+    assert_close(solver.apply(state, eye(6))[0], torch.linalg.inv(PerFactor(0.1)(new).to_dense()), **EXACT)
+    flipped = basis(8) @ torch.diag(torch.tensor([-1e-3, *[1.0] * 7]).double()) @ basis(8).T
+    start = solver.init(Dense(flipped + 2e-3 * eye(8)), Tikhonov(0.0))
+    with pytest.raises(SolverFailure):
+        solver.refresh(start, Dense(flipped), Tikhonov(0.0))
+
+
+def test_the_state_survives_a_file_bit_for_bit() -> None:
+    A, move, solver = conditioned(8), 0.01 * conditioned(8, seed=4), NewtonSchulz()
+    state = solver.refresh(solver.init(Dense(A), Tikhonov(0.1)), Dense(A + move), Tikhonov(0.1))
+    assert set(state["rest"]) == {"0"}
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    states = [solver.refresh(s, Dense(A + 2 * move), Tikhonov(0.1)) for s in (state, loaded)]
+    for one, other in ((state, loaded), tuple(states)):
+        assert_close(solver.apply(one, eye(8))[0], solver.apply(other, eye(8))[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3)])

@@ -12,8 +12,10 @@ And for single ones: row-major vec, the order of Kronecker factors, exponents, c
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import io
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +74,12 @@ every = pytest.mark.parametrize(("make", "seed"), CASES)
 def test_every_class_has_a_specimen_of_its_own() -> None:
     public = [getattr(operators, name) for name in operators.__all__]
     classes = {x for x in public if isinstance(x, type) and issubclass(x, Operator) and not inspect.isabstract(x)}
+    written = set()
+    for found in pkgutil.iter_modules(operators.__path__):
+        module = importlib.import_module(f"precond.operators.{found.name}")
+        own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+        written |= {x for x in own if issubclass(x, Operator) and not inspect.isabstract(x)}
+    assert written == classes, "each is public"
     assert classes - {operators.Pairs} == set(SPECIMENS)  # a constraint is no matrix: `test_pairs.py`
     for kind, makers in SPECIMENS.items():
         assert makers and all(type(make(0)[0]) is kind for make in makers)
@@ -148,6 +156,7 @@ def test_functions_of_the_spectrum_are_functions_of_the_matrix(make: Maker, seed
             "InverseBlockDiagonal",
             "SparsePrecision",
             "MadePrecision",
+            "Repeated",
         )
         return
     assert make not in NO_EIGENDECOMPOSITION
@@ -356,6 +365,19 @@ def test_a_sparse_precision_agrees_with_the_matrix_on_every_block_of_parents_tha
     for i, pa in enumerate(C.parents.tolist()):
         own = [i, *(j for j in pa if j >= 0)]
         assert_close(M[own][:, own], C.blocks[i, : len(own), : len(own)], **EXACT)
+
+
+def test_a_sparse_precision_keeps_the_regressions_of_f_but_not_its_entries_on_parents_that_are_not_connected() -> None:
+    F = definite(3)
+    C = network(F, [[-1], [-1], [0, 1]])
+    M, pa = C.to_dense(), [0, 1]
+    assert_close(M[2, pa] @ torch.linalg.inv(M[pa][:, pa]), F[2, pa] @ torch.linalg.inv(F[pa][:, pa]), **EXACT)
+    left = [S[2, 2] - S[2, pa] @ torch.linalg.inv(S[pa][:, pa]) @ S[pa, 2] for S in (M, F)]
+    assert_close(*left, **EXACT)
+    assert_close(M[0, 1], torch.zeros((), dtype=torch.float64), **EXACT)
+    assert abs(F[0, 1]) > 1e-2 and abs(M[2, 0] - F[2, 0]) > 1e-3
+    connected = network(F, [[-1], [0], [0, 1]])
+    assert_close(connected.to_dense(), F, **EXACT)
 
 
 def test_the_inverse_of_a_singular_operator_samples_the_pseudo_inverse() -> None:

@@ -112,7 +112,21 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     for matrix in (FisherMC, BatchedFisherMC):
         spy_on(matrix)
     _spy_on_psgd(monkeypatch, record)
+    _spy_on_sketches(monkeypatch, record)
     return record
+
+
+def _spy_on_sketches(monkeypatch: pytest.MonkeyPatch, record: Drawn) -> None:
+    module = importlib.import_module("precond.representations.layer_gram")
+    original = module.draw
+
+    def noted(*arguments: Any) -> dict[str, Any]:
+        statistics: dict[str, Any] = original(*arguments)
+        suffix = module.CHOSEN
+        record.coordinates.append({name.removesuffix(suffix): x for name, x in statistics.items() if name.endswith(suffix)})
+        return statistics
+
+    monkeypatch.setattr(module, "draw", noted)
 
 
 def _spy_on_psgd(monkeypatch: pytest.MonkeyPatch, record: Drawn) -> None:

@@ -250,10 +250,17 @@ def test_under_half_the_squared_error_the_output_factor_of_kbfgs_stays_the_ident
 def test_the_input_factor_of_kbfgs_is_inverted_along_its_last_step() -> None:
     x, t = normal(12, 3, seed=1), normal(12, 2, seed=2)
     model = seeded(lambda: nn.Linear(3, 2))
-    path, preconditioner = train("kbfgs", model, lambda model: MSE(model(x), t) + 0, steps=3)
+    _, preconditioner = train("kbfgs", model, lambda model: MSE(model(x), t), steps=3)
     (name,) = preconditioner.operators
-    A_LM = PerFactor(0.55, only=(1,))(preconditioner.operators[name]).factors[1].to_dense()  # type: ignore[attr-defined]
+    A_LM = PerFactor(0.3, only=(1,))(preconditioner.operators[name]).factors[1].to_dense()  # type: ignore[attr-defined]
     mean = torch.cat([x.mean(0), torch.ones(1, dtype=x.dtype)])
     solver = preconditioner.state_dict()["blocks"][name]["state"]["factors"]
     H_a = solver["1"]["inverse"]
     close(H_a @ A_LM @ (H_a @ mean), H_a @ mean)
+
+
+def test_only_row_norms_have_a_power_of_an_indefinite_matrix() -> None:
+    half = {"matrix": "hessian", "solver": precond.solvers.get("elementwise")(power=0.5), "damping": Outside(1e-4)}
+    precond.Preconditioner(repr=precond.representations.get("diagonal")(estimator="row_norms"), **half)
+    with pytest.raises(precond.InvalidCombination, match="indefinite"):
+        precond.Preconditioner(repr=precond.representations.get("diagonal")(estimator="hutchinson"), **half)

@@ -207,3 +207,19 @@ def test_options_and_damping_are_checked() -> None:
         Riemannian(group=("dense",)).init(C, Tikhonov(0.1))
     assert Riemannian(group=["dense", "lower"]).group == ("dense", "lower")  # type: ignore[arg-type]  # as a recipe has it
     assert Riemannian(method="ikfac").natural_damping(Kronecker) is PerFactor and Riemannian().natural_damping(Kronecker) is Tikhonov
+
+
+def test_a_spike_shrinks_the_inverse_by_a_half_at_most_and_is_forgotten() -> None:
+    F = torch.diag(torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
+    for method in ("ikfac", "ingd"):
+        solver, state = Riemannian(method=method, step=0.3, momentum=0.0), dict[str, Any]()  # type: ignore[arg-type]
+        rule = PerFactor(0.1) if method == "ikfac" else Tikhonov(0.1)
+        for _ in range(300):
+            state = solver.refresh(state, Dense(F), rule)
+        rested = state["factors"]["0"]["K"]
+        state = solver.refresh(state, Dense(1e30 * F), rule)
+        after = state["factors"]["0"]["K"]
+        assert bool(after.isfinite().all()) and 0.4 * rested.norm() < after.norm() < rested.norm()
+        for _ in range(300):
+            state = solver.refresh(state, Dense(F), rule)
+        assert_close(state["factors"]["0"]["K"] @ state["factors"]["0"]["K"].mT, rested @ rested.mT, rtol=1e-9, atol=1e-9)

@@ -76,8 +76,13 @@ def test_powell_brings_the_curvature_to_mu(mu: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"powell": 0.0}, {"second": "mix", "amount": 0.5}, {"second": "add", "amount": 0.5}, {"scale_initial": True}, {"skip": 0.3}, {"powell_on": "inverse"}], ids=str
-)
+    "options",
+    [
+        {}, {"powell": 0.0}, {"second": "mix", "amount": 0.5}, {"second": "add", "amount": 0.5}, {"scale_initial": True}, {"skip": 0.3},
+        {"powell_on": "inverse"},
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("form", ["direct", "inverse"])
 def test_stacks_are_loops(options: dict[str, Any], form: str) -> None:
     S, Y, B = normal(8, 5, seed=5), normal(8, 5, seed=6), torch.stack([spd(seed=k) for k in range(8)])

@@ -24,7 +24,7 @@ from nets import seeded
 from precond import Preconditioner, UsageError
 from precond.damping import LevenbergMarquardt
 from precond.tiling import Tiling
-from precond.transforms import Backtrack, ElementClip, Graft, KLClip, Momentum, NormClip, Reject, RMSClip, Scene, Transform
+from precond.transforms import Backtrack, ElementClip, Graft, KLClip, Momentum, NormClip, Reject, Rescale, RMSClip, Scene, Transform
 from training import EXACT, LR, batches, differ, fit, gradient, make, net, of, plain, same, sgd, solve, theta
 
 SGD, CE = torch.optim.SGD, nn.CrossEntropyLoss
@@ -131,6 +131,10 @@ def test_clips_are_their_formulas() -> None:
     assert_close(NormClip(2.0).after(g, d, {}, scene())["a"], d["a"] * 2 / norm)
     assert_close(RMSClip(1.1).after(g, d, {}, scene())["a"], d["a"] * 1.1 / (d["a"].square().mean().sqrt()))
     assert_close(RMSClip(1e9).after(g, d, {}, scene()), d)
+    assert_close(Rescale(0.5).after(g, d, {}, scene())["b"], d["b"] / 2)
+    assert Rescale(0.5).after(g, d, {}, scene(started=False)) is d
+    with pytest.raises(ValueError, match="positive and finite"):
+        Rescale(0.0)
     assert_close(ElementClip(1.0).after(g, d, {}, scene())["b"], torch.tensor([0.0, 1.0, 1.0]))
     for clip in (KLClip(), NormClip(), RMSClip(), ElementClip()):
         assert clip.after({}, {}, {}, scene()) == {}

@@ -28,6 +28,8 @@ class BlockState:
     live: Operator | None = None
     level: dict[str, Any] = field(default_factory=dict)
     """What a damping that adapts keeps."""
+    before: dict[str, Any] | None = None
+    """The solver's state before the direction of this step."""
     damping: Damping | None = None
     """The damping of the last refresh, its value a number."""
 
@@ -95,8 +97,15 @@ class BlockState:
         """The preconditioned vector; the vector itself while there is no state."""
         if self.state is None:
             return vector
+        self.before = self.state
         direction, self.state = self.plan.solver.apply(self.state, vector, self.live)
         return direction
+
+    def settle(self, good: Tensor) -> None:
+        """After a direction: where it was not good, what the solver carries from step to step is as it was. Never waits for the device."""
+        if self.state is not None and self.before is not None and self.state is not self.before:
+            self.state = _carried(good, self.state, self.before)
+        self.before = None
 
     def end_step(self) -> None:
         """Drop what lives one step."""
@@ -108,6 +117,19 @@ class BlockState:
     def bytes_held(self) -> int:
         """Bytes of all tensors kept."""
         return sum(t.numel() * t.element_size() for t in _tensors((self.statistics, self.state)))
+
+
+def _carried(good: Tensor, new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """The new tensors of a state where a direction was good, else the old ones, and zeros where there were none."""
+    result = dict(new)
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            result[name] = _carried(good, value, before)
+        elif isinstance(value, Tensor) and value is not before and value.is_floating_point():
+            same = isinstance(before, Tensor) and before.shape == value.shape
+            result[name] = torch.where(good.to(value.device), value, before if same and before is not None else torch.zeros_like(value))
+    return result
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -79,6 +79,9 @@ def finite_only(
     """Directions by parameter, zero for a block that is not finite; None where the whole step is to be skipped."""
     # a square that overflows is as good as infinite: such a step would leave parameters whose next loss is none
     flags = {name: numerics.all_finite([raw[name].norm(), direction.norm()]) for name, direction in found.items()}  # NaN and inf stay in a norm
+    for b in blocks:
+        if b.name in flags:
+            b.settle(flags[b.name])
     if on_nonfinite != "zero" and flags and not bool(torch.stack(list(flags.values())).all()):
         bad = ", ".join(name for name, flag in flags.items() if not bool(flag))
         if on_nonfinite == "raise":

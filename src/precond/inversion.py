@@ -8,7 +8,7 @@ from torch import Tensor
 
 from precond.damping import Damping, resolve
 from precond.errors import InvalidCombination
-from precond.operators import BlockDiagonal, Diagonal, Inverse, InverseBlockDiagonal, Operator
+from precond.operators import BlockDiagonal, Diagonal, Inverse, InverseBlockDiagonal, Operator, Repeated
 from precond.solvers import Elementwise, Solver, get, names
 
 
@@ -78,6 +78,7 @@ def _block(block: Operator, solver: Solver, damping: float | Tensor | Damping) -
 
 
 def _inverse(operator: Operator, solver: Solver, damping: float | Tensor | Damping) -> Inverse:
-    rule = resolve(damping, solver.natural_damping(type(operator))).at()
+    structure = type(operator.operator) if isinstance(operator, Repeated) else type(operator)
+    rule = resolve(damping, solver.natural_damping(structure)).at()
     state = solver.init(operator, rule)
     return Inverse(solver, state, solver.damped(operator, rule), solver.power, operator)

@@ -55,8 +55,10 @@ class History(ABC):
             if stat.kind == "local":
                 result[name] = x
             elif stat.kind == "state":
-                old_state = result.get(name)
-                result[name] = x if valid is None or old_state is None else torch.where(valid.to(x.device), x, old_state)
+                if name in result and valid is not None:
+                    result[name] = torch.where(valid.to(x.device), x, result[name])
+                elif valid is None or bool(valid):  # a refresh follows upon the first one, so that the host waits in any case
+                    result[name] = x
             else:
                 flag = torch.ones((), dtype=torch.bool, device=x.device) if valid is None else valid.to(x.device)
                 # what an invalid observation holds may be NaN, which survives a multiplication by zero but not this

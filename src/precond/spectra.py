@@ -12,7 +12,7 @@ from torch import Tensor
 from precond.errors import InvalidCombination, UsageError
 from precond.lanczos import tridiagonalise
 from precond.numerics import eigh
-from precond.operators import BlockDiagonal, LowRankEigen, Operator, Spectral
+from precond.operators import BlockDiagonal, LowRankEigen, Operator, Repeated, Spectral
 
 if TYPE_CHECKING:
     from precond.preconditioner import Preconditioner
@@ -125,6 +125,9 @@ def _spectrum(operator: Operator, probes: int, steps: int, generator: torch.Gene
         if left:
             values, counts = torch.cat([values, values.new_zeros(1)]), torch.cat([counts, counts.new_full((1,), left)])
         return values, counts, exact
+    if isinstance(operator, Repeated):
+        values, counts, exact = _spectrum(operator.operator, probes, steps, generator)
+        return values, counts * operator.count, exact
     if operator.live:
         return _quadrature(operator, probes, steps, generator)
     try:

@@ -192,7 +192,7 @@ class Assembly:
         first, total = over_ranks(values), self.group.sum([count * factor])[0]
 
         def centred(vectors: Tensors) -> Tensors:
-            inner = torch.stack([(first[n] * v).flatten(1).sum(1) for n, v in vectors.items()]).sum(0)
+            inner = torch.stack([(first[n] * v).reshape(len(v), -1).sum(1) for n, v in vectors.items()]).sum(0)
             out = over_ranks(product.local(vectors))
             return {n: v - first[n] * (inner / total.to(v.dtype)).view(-1, *[1] * (v.dim() - 1)) for n, v in out.items()}
 

@@ -32,7 +32,8 @@ class Drawn:
     """What the run under test drew, in order.
 
     labels: (N,) classes, one entry an observation. probes: (samples, P) vectors v, likewise. Of `psgd`, an entry each update of a block: noise (m, n)
-    beside h; factors, the first U and V (n, r) of a low-rank Q, once a block; moves, whether it is U that moves.
+    beside h; factors, the first U and V (n, r) of a low-rank Q, once a block; moves, whether it is U that moves. coordinates: of sketched layers, an
+    entry each refresh of a block, by name.
     """
 
     labels: list[Tensor] = field(default_factory=list)
@@ -40,6 +41,7 @@ class Drawn:
     noise: list[Tensor] = field(default_factory=list)
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     moves: list[bool] = field(default_factory=list)
+    coordinates: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ NETWORKS = {
     # fewer examples than a unit has inputs
     "wide": Network(
         lambda: nets.seeded(lambda: nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3))), nn.CrossEntropyLoss(), _classes(4, 9)
+    ),
+    # a convolution whose gradients by example are more numbers than its inputs and output gradients
+    "channels": Network(
+        lambda: nets.seeded(lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3))),
+        nn.CrossEntropyLoss(), _classes(5, 4, 2, 2),
     ),
     # every gradient has full rank, so that no second moment of one has a null space
     "square": Network(

@@ -19,13 +19,18 @@ VARIANTS = {
     "default": ({}, {}),
     "fixed": ({"solver": {"rho": 0.9, "beta": 0.1}}, {"rho": 0.9, "beta": 0.1}),
     "published": ({"damping": {"value": 1.0}}, {"damping": 1.0}),
-    "eager": ({"damping": {"factor": 0.5, "every": 1, "offset": 0}}, {"factor": 0.5, "every": 1, "first": 0}),
-    "eager_fixed": (
-        {"damping": {"factor": 0.5, "every": 2, "offset": 1}, "solver": {"rho": 0.8, "beta": 0.2}},
-        {"factor": 0.5, "every": 2, "rho": 0.8, "beta": 0.2},
+    "eager": (
+        {"damping": {"value": 10.0, "factor": 0.5, "every": 1, "offset": 0}}, {"damping": 10.0, "factor": 0.5, "every": 1, "first": 0},
     ),
-}
-ONLY = {"fixed": ("mlp",), "published": ("mlp",), "eager": ("mlp", "linear"), "eager_fixed": ("mlp",)}
+    "low": (
+        {"damping": {"value": 1e-3, "factor": 0.5, "every": 2, "offset": 0}}, {"damping": 1e-3, "factor": 0.5, "every": 2, "first": 0},
+    ),
+    "eager_fixed": (
+        {"damping": {"value": 10.0, "factor": 0.5, "every": 2, "offset": 1}, "solver": {"rho": 0.9, "beta": 0.05}},
+        {"damping": 10.0, "factor": 0.5, "every": 2, "rho": 0.9, "beta": 0.05},
+    ),
+}  # fmt: skip
+ONLY = {"fixed": ("mlp",), "published": ("mlp",), "eager": ("mlp", "linear"), "low": ("mlp",), "eager_fixed": ("mlp",)}
 STEPS = 8
 TOLERANCE = 1e-10
 CONTROLS = ({"damping": 0.101}, {"rho": 0.9, "beta": 0.1}, {"upper": 0.9})
@@ -41,7 +46,7 @@ def _coefficients(G: Tensor, D: Tensor, z: Tensor, g: Tensor) -> tuple[Tensor, T
 
 def train(
     network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 0.1, factor: float = 0.999**5, every: int = 5, first: int = 1,
-    rho: float | None = None, beta: float | None = None, upper: float = 1.5,
+    rho: float | None = None, beta: float | None = None, lower: float = 0.5, upper: float = 1.5,
 ) -> Tensor:  # fmt: skip
     model, path = network.make(), []
     at = theta(model)
@@ -58,5 +63,5 @@ def train(
         path.append(at.clone())
         if step % every == first % every:
             ratio = (network.criterion(model(inputs), targets).item() - before) / float(g @ z + z @ G @ z / 2)
-            lam = lam / factor if ratio < 0.5 else lam * factor if ratio > upper else lam
+            lam = lam / factor if ratio < lower else lam * factor if ratio > upper else lam
     return torch.stack(path)

@@ -34,7 +34,7 @@ VARIANTS = {
 ONLY = {name: ("mlp",) for name in ("lambda", "add", "no_momentum", "full_batch")}
 STEPS = 8
 TOLERANCE = 1e-10
-CONTROLS = ({"root_A": 0.5}, {"root": 0.8}, {"second": "add"}, {"decay": 0.8}, {"momentum": 0.8}, {"first": False}, {"late": False})
+CONTROLS = ({"root_A": 0.25}, {"root": 0.8}, {"second": "add"}, {"decay": 0.8}, {"momentum": 0.8}, {"first": False}, {"late": False})
 
 Inverse = Callable[[Tensor], Tensor]
 
@@ -90,7 +90,7 @@ def seen(model: nn.Module, network: Network, batch: Batch) -> dict[str, tuple[Te
 
 
 def train(
-    network: Network, batches: list[Batch], drawn: Drawn, *, root: float = 0.55, root_A: float | None = None, second: str = "mix", decay: float = 0.9,
+    network: Network, batches: list[Batch], drawn: Drawn, *, root: float = 0.3, root_A: float | None = None, second: str = "mix", decay: float = 0.9,
     momentum: float = 0.9, first: bool = True, late: bool = True, lr: float = 0.3, outputs: Callable[[int], Any] = Outputs,
 ) -> Tensor:  # fmt: skip
     """first: False starts A from zero, bias-corrected; late: False moves H_a before the step. Both are wrong."""

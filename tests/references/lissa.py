@@ -19,7 +19,10 @@ VARIANTS = {
     "dense": ({"repr": "full"}, {}),
     "scale": ({"solver": {"step_size": 0.1}, "damping": 0.01}, {"scale": 10.0, "damping": 0.01}),
     "terms": ({"solver": {"terms": 3}}, {"terms": 3}),
-    "restarted": ({"solver": {"warm_start": 0.0, "terms": 30, "step_size": 0.1}, "damping": 1.0}, {"carried": False, "terms": 30, "scale": 10.0, "damping": 1.0}),
+    "restarted": (
+        {"solver": {"warm_start": 0.0, "terms": 30, "step_size": 0.1}, "damping": 1.0},
+        {"carried": False, "terms": 30, "scale": 10.0, "damping": 1.0},
+    ),
 }
 # of a linear layer H has few distinct eigenvalues: once its Krylov space is exhausted the estimate of l is one of rounding
 ONLY = {"default": ("mlp", "conv"), "dense": ("mlp",), "scale": ("mlp", "linear"), "terms": ("mlp",), "restarted": ("mlp",)}

@@ -8,7 +8,7 @@ part's Q moves by its own share of v and h, then d = Q^T Q m with m the bias-cor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,9 @@ class Factor(Protocol):
 class Modes:
     """Q_1 (x) ... (x) Q_k, dense or diagonal."""
 
-    def __init__(self, sizes: Sequence[int], forms: Sequence[str], *, update: str, whitening: bool, largest: bool, step: float, initial: float | None, decay: float) -> None:
-        self.sizes, self.forms, self.initial = tuple(sizes), tuple(forms), initial
-        self.options = {"update": update, "whitening": whitening, "largest": largest, "step": step, "decay": decay}
+    def __init__(self, sizes: Sequence[int], forms: Sequence[str], *, initial: float | None, **options: Any) -> None:
+        """options: of `dense_psgd.modes`."""
+        self.sizes, self.forms, self.initial, self.options = tuple(sizes), tuple(forms), initial, options
         self.factors: list[Tensor] = []
         self.L = [0.0] * len(self.sizes)
 
@@ -39,7 +39,7 @@ class Modes:
         self.factors = [share * torch.eye(n, dtype=torch.float64) for n in self.sizes]
 
     def move(self, v: Tensor, h: Tensor) -> None:
-        self.factors, self.L = dense_psgd.modes(self.factors, self.forms, self.L, v.unsqueeze(0), h.unsqueeze(0), **self.options)  # type: ignore[arg-type]
+        self.factors, self.L = dense_psgd.modes(self.factors, self.forms, self.L, v.unsqueeze(0), h.unsqueeze(0), **self.options)
 
     def whole(self) -> Tensor:
         return dense_psgd.kron(self.factors)
@@ -65,9 +65,12 @@ class LowRank:
 
 def train(
     network: Network, batches: list[Batch], drawn: Drawn, parts: Callable[[nn.Module], list[tuple[Tensor, Factor]]], *, damping: float, momentum: float,
-    whitening: bool, clip: tuple[float, float] | None, lr: float,
+    whitening: bool, clip: tuple[float, float] | None, lr: float, of_momentum: bool = False,
 ) -> Tensor:  # fmt: skip
-    """parts: (the indices of the parameters in theta, their Q). clip: the largest root of the mean square of a part's direction, and entry of it."""
+    """parts: (the indices of the parameters in theta, their Q). clip: the largest root of the mean square of a part's direction, and entry of it.
+
+    of_momentum: what is whitened is m.
+    """
     probes, noise = iter(drawn.probes), iter(drawn.noise)
     held: list[tuple[Tensor, Factor]] = []
     average: Tensor | float = 0.0
@@ -76,7 +79,7 @@ def train(
         nonlocal average
         average = momentum * average + (1 - momentum) * g
         m, v = average / (1 - momentum ** (step + 1)), next(probes)[0]
-        h = g if whitening else dense.hessian(model, network.criterion, *batch) @ v
+        h = (m if of_momentum else g) if whitening else dense.hessian(model, network.criterion, *batch) @ v
         held.extend(parts(model) if not held else [])
         d = torch.zeros_like(g)
         for at, Q in held:

@@ -25,25 +25,26 @@ VARIANTS = {
     "whitening": ({"matrix": "batched_empirical_fisher", "transforms": _CLIPS}, {"whitening": True, "clip": (2.0, 10.0)}),
     "kron_torch": (
         {
-            "matrix": "batched_empirical_fisher", "solver": {"update": "EQ", "decay": 0.0, "initial": 1.0},
+            "matrix": {"name": "batched_empirical_fisher", "of": "momentum"},
+            "solver": {"update": "EQ", "bound": "column", "decay": 0.0, "initial": 1.0},
             "transforms": [{"name": "Momentum", "beta": 0.9}, {"name": "RMSClip", "bound": 1.1}],
         },
-        {"whitening": True, "update": "EQ", "decay": 0.0, "initial": 1.0, "clip": (1.1, float("inf"))},
+        {"whitening": True, "of_momentum": True, "update": "EQ", "column": True, "decay": 0.0, "initial": 1.0, "clip": (1.1, float("inf"))},
     ),
 }  # fmt: skip
 ONLY = {name: ("mlp",) for name in VARIANTS if name != "default"}
 STEPS = 6
 TOLERANCE = 1e-10
-CONTROLS = ({"update": "EQ"}, {"skew": 1.0}, {"step": 0.11}, {"momentum": 0.0}, {"initial": 1.0}, {"damping": 0.01}, {"joint": True})
+CONTROLS = ({"update": "EQ"}, {"skew": 1.0}, {"step": 0.11}, {"momentum": 0.0}, {"initial": 1.0}, {"damping": 0.01})
 
 
 def train(
     network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 1e-9, update: str = "Q0.5EQ1.5", step: float = 0.1, skew: float = 4.0,
     joint: bool = False, initial: float | None = None, decay: float = 0.9, momentum: float = 0.9, whitening: bool = False,
-    clip: tuple[float, float] | None = None,
+    clip: tuple[float, float] | None = None, of_momentum: bool = False, column: bool = False,
 ) -> Tensor:  # fmt: skip
     def factor(sizes: tuple[int, ...], forms: tuple[str, ...]) -> psgd_family.Factor:
-        return psgd_family.Modes(sizes, forms, update=update, whitening=whitening, largest=False, step=step, initial=initial, decay=decay)
+        return psgd_family.Modes(sizes, forms, update=update, whitening=whitening, column=column, step=step, initial=initial, decay=decay)
 
     def parts(model: nn.Module) -> list[tuple[Tensor, psgd_family.Factor]]:
         if joint:
@@ -58,4 +59,6 @@ def train(
             start += p.numel()
         return made
 
-    return psgd_family.train(network, batches, drawn, parts, damping=damping, momentum=momentum, whitening=whitening, clip=clip, lr=0.3)
+    return psgd_family.train(
+        network, batches, drawn, parts, damping=damping, momentum=momentum, whitening=whitening, clip=clip, lr=0.3, of_momentum=of_momentum
+    )

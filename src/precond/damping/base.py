@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from precond.errors import UsageError
-from precond.operators import BlockDiagonal, Dense, Diagonal, Operator, Shifted, SparsePrecision
+from precond.operators import BlockDiagonal, Dense, Diagonal, Operator, Repeated, Shifted, SparsePrecision
 
 SMALLEST = 1e-8
 """Where there is no damping, the first boost starts at this multiple of the mean of the diagonal."""
@@ -90,6 +90,8 @@ class Damping(ABC):
         """The damped operator; `power` is that of the solver, which takes its inverse to this power."""
         if isinstance(operator, BlockDiagonal):
             return operator.with_blocks({name: self(block, power) for name, block in operator.blocks.items()})
+        if isinstance(operator, Repeated):
+            return operator.with_operator(self(operator.operator, power))
         return self._damp(operator, power)
 
     @abstractmethod
@@ -161,6 +163,8 @@ def plus(operator: Operator, shift: Tensor | float) -> Operator:
     """The operator with a multiple of the identity added, in its own structure where that can hold it; shift: a number, or one a matrix."""
     if isinstance(operator, BlockDiagonal):
         return operator.with_blocks({name: plus(block, shift) for name, block in operator.blocks.items()})
+    if isinstance(operator, Repeated):
+        return operator.with_operator(plus(operator.operator, shift))
     return operator.plus(shift) if isinstance(operator, (Dense, Diagonal, SparsePrecision)) else Shifted(operator, shift)
 
 

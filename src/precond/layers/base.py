@@ -85,7 +85,7 @@ class Rule(ABC):
         raise NotImplementedError(f"the rule {type(self).__name__} is not linear.")
 
     def input_moment(self, seen: LayerColumns, homogeneous: bool) -> tuple[Tensor, int] | None:
-        """The sum of a a^T over the rows that `inputs` gives, (G, in', in'), and their number, where that is cheaper than to form them, else None.
+        """The sum of a a^T over the rows that `inputs` gives, (G, in', in'), and their number; None where to form them is cheaper.
 
         homogeneous: a has a 1 at its end.
         """
@@ -119,6 +119,11 @@ class Rule(ABC):
     def check(self, seen: LayerColumns) -> None:
         """Refuse per-example quantities of a layer whose leading dimension is not the batch: they would be silently wrong."""
         leading = self.leading(seen)
+        if seen.rows is None and leading == seen.batch > 1 and counts_up(seen):
+            raise ObservationError(
+                f"layer {seen.name!r} was called on the indices 0 to {leading - 1} for a batch of {seen.batch} examples: positions that all of them "
+                f"share, rows={{{seen.name!r}: 'shared'}}, or an index an example, rows={{{seen.name!r}: 'flattened'}}? Their gradients differ: say which."
+            )
         if seen.rows is None and leading != seen.batch:
             raise ObservationError(
                 f"layer {seen.name!r} has {leading} leading rows for a batch of {seen.batch} examples, so its rows cannot be told apart by "
@@ -129,6 +134,15 @@ class Rule(ABC):
     def refuse(self, module: nn.Module) -> str | None:
         """Why the rule would be silently wrong for this module, or None."""
         return None
+
+
+def counts_up(seen: LayerColumns) -> bool:
+    """Whether a call read the indices 0, 1, 2, ... once, as positions that all examples share are: reads them on the host."""
+    index = seen.input
+    one = index.dim() == 1 or (index.dim() == 2 and index.shape[0] == 1)
+    if index.is_floating_point() or not one or index.numel() < 2:
+        return False
+    return bool((index.reshape(-1) == torch.arange(index.numel(), device=index.device)).all())
 
 
 def wide(tensor: Tensor) -> Tensor:

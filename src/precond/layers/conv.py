@@ -53,7 +53,7 @@ def grouped(patches: Tensor, groups: int, spatial: int, *, kernel: bool) -> Tens
 
 
 def lines(module: _ConvNd, sizes: Sequence[int]) -> list[Line]:
-    """The dimensions of a convolution of stride 1 as `patch_moment` reads them: zeros around are left out, other padding is part of the image."""
+    """The dimensions of a convolution of stride 1 as `patch_moment` reads them: other padding than zeros is part of the image."""
     made = []
     for size, k, d, (front, behind) in zip(sizes, module.kernel_size, module.dilation, padding_sides(module), strict=True):
         zeros = Line(size=size, kernel=k, dilation=d, padding=front, places=size + front + behind - d * (k - 1))
@@ -102,7 +102,7 @@ class Convolution(AnyConvolution):
     def input_moment(self, seen: LayerColumns, homogeneous: bool) -> tuple[Tensor, int] | None:
         module, spatial = _module(seen)
         x, groups = channel_input(seen, (spatial + 2,)), module.groups
-        if any(s != 1 for s in module.stride):
+        if any(s != 1 for s in module.stride) or type(self).inputs is not Convolution.inputs:  # a subclass may have other rows
             return None
         dims = lines(module, x.shape[2:])
         counted = (count(len(x), x.shape[1], groups, dims, x.element_size()).total(x.device.type) for count in (by_lags, by_patches))

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from precond.layers.base import ROWS_AT_ONCE
 from precond.layers.lags import Line, halves, pieces
 
-# Fitted to 33 shapes on one x86 core in float32, CPU seconds, at 8 GB/s (benchmarks/conv_factors.py measures some of them): the model is within
-# a factor of 1.5 of most ratios, and takes the faster one but for near ties. A call on an accelerator is 5 microseconds at 2 TB/s, not measured.
+# Fitted to 33 shapes on one x86 core in float32, CPU seconds, at 8 GB/s (benchmarks/conv_factors.py measures some of them): the model is
+# within a factor of 1.5 of most ratios of the two, and takes the faster one but for near ties. A call on an accelerator is taken as 5
+# microseconds at 2 TB/s, which was not measured.
 FLOPS_A_BYTE = 16.0
 BYTES_A_CALL = {"cpu": 60e3}
 BYTES_A_LAUNCH = 10e6
@@ -38,7 +39,10 @@ class Cost:
 
 
 def by_patches(examples: int, channels: int, groups: int, lines: Sequence[Line], itemsize: int) -> Cost:
-    """Of rows (N places, C / G K), some examples at a time: 2 N places G (C / G K)^2 operations; each row is written once and read twice."""
+    """Of rows (N places, C / G K), some examples at a time: 2 N places G (C / G K)^2 operations.
+
+    Moved are each row, written once and read twice, and the moment at each piece.
+    """
     width = channels // groups * math.prod(line.kernel for line in lines)
     rows = examples * math.prod(line.places for line in lines)
     moment, numbers = groups * width**2, rows * groups * width

@@ -37,8 +37,10 @@ class Lag:
 class Line:
     """One dimension of a convolution of stride 1: pixels, kernel, dilation, zeros in front, and output places.
 
-    >>> Line(size=5, kernel=3, dilation=1, padding=1, places=5).lag(0).spans  # the first patches end one pixel early, the last start one late
-    ((0, 1), (1, 4), (4, 5))
+    The first position of a kernel of 3 does not read the last pixel, nor the last position the first one:
+
+    >>> Line(size=5, kernel=3, dilation=1, padding=1, places=5).lag(0)
+    Lag(steps=0, shift=0, spans=((0, 1), (1, 4), (4, 5)), cover=((1.0, 1.0, 0.0), (1.0, 1.0, 1.0), (0.0, 1.0, 1.0)))
     """
 
     size: int
@@ -64,7 +66,7 @@ Found = tuple[tuple[Lag, ...], Tensor]
 
 
 def halves(lines: Sequence[Line]) -> Iterator[tuple[list[Lag], tuple[Lag, ...]]]:
-    """(lags of the first dimension, one lag of each other): of every lag and its opposite one, as the other's block is the transposed one."""
+    """(lags of the first dimension, one lag of each other): of a lag and its opposite one of them, whose blocks are each other's transpose."""
     for steps in product(*(range(1 - line.kernel, line.kernel) for line in lines[1:])):
         zero = (0,) * len(steps)
         if steps >= zero:
@@ -82,8 +84,8 @@ def patch_moment(x: Tensor, groups: int, lines: Sequence[Line], out: Tensor) -> 
 
     Entry ((c, k), (c', k')) is the sum over p of x_c[p] x_c'[p + lag]: it depends on k and k' through their lag, up to which strips at the
     border count. So every lag has one product of shifted images for the core and one a strip, and blocks are sums of a few of them.
-    The images are rearranged to (G, C / G, first dimension, M, others), in which shifts along the first dimension are views; those along the others
-    are copied, once each.
+    The images are rearranged to (G, C / G, first dimension, M, others), in which shifts along the first dimension are views; those along the
+    others are copied, once each.
     """
     channels, pairs = x.shape[1] // groups, list(halves(lines))
     found: list[list[Found]] = [
@@ -98,7 +100,7 @@ def patch_moment(x: Tensor, groups: int, lines: Sequence[Line], out: Tensor) -> 
 
 
 def _accumulate(image: Tensor, products: Sequence[Found], others: Sequence[Lag]) -> None:
-    """Add the products of one chunk (G, C / G, first, M, *others) for every span of every lag that has these lags of the other dimensions."""
+    """Add the products of a chunk (G, C / G, first, M, *others), by span, of the lags that have these lags of the other dimensions."""
     for index in product(*(range(len(lag.spans)) for lag in others)):
         spans = [lag.spans[i] for lag, i in zip(others, index, strict=True)]
         left = _cut(image, spans, [0] * len(spans))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from precond.matrices.base import REGISTRY, Matrix
-from precond.operators import Absolute, BlockDiagonal, Dense, Diagonal, LowRank, Operator, Pairs
+from precond.operators import Absolute, BlockDiagonal, Dense, Diagonal, LowRank, Operator, Pairs, Repeated
 
 
 @REGISTRY.register("abs_hessian")
@@ -48,6 +48,8 @@ class AbsHessian(Matrix):
             return LowRank(eigen.vectors.mT @ operator.rows, eigen.values.abs())
         if isinstance(operator, BlockDiagonal):
             return operator.with_blocks({name: self.finish(block) for name, block in operator.blocks.items()})
+        if isinstance(operator, Repeated):
+            return operator.with_operator(self.finish(operator.operator))
         if isinstance(operator, Pairs):  # what is fitted to pairs of H is |H|
             return operator
         return Absolute(operator, self.steps)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precond.errors import ObservationError, UsageError
+from precond.errors import ObservationError
 from precond.likelihoods import Likelihood, weigh
 from precond.observe.observation import Tensors
 from precond.observe.observer import Observer, Target
@@ -48,8 +48,6 @@ def differentiate_batch(
     part = observer.record(output, targets, likelihood, criterion)
     if part is None:
         raise ObservationError("the model's output depends on no trainable parameter, so it has no curvature.")
-    if part.forward.batch == 0:
-        raise UsageError("a batch of inputs holds no examples: curvature needs at least one.")
     ones = torch.ones_like(loss)
     part.likelihood, unit, part.scale = weigh(part.likelihood, part.output.detach(), part.target, ones)
     part.weight = 1.0 / part.scale if likelihood.reduction != "sum" else torch.ones_like(part.scale)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from precond.errors import UsageError
 from precond.observe.guard import busy
 from precond.observe.hooks import Handles, Hook
 from precond.observe.observation import Drawn
@@ -78,6 +79,8 @@ class Recorder(ABC):
             renewed._begin_forward(model, args, kwargs)
             return
         tensor = next((t for t in tensors_in((args, kwargs)) if t.dim()), None)
+        if tensor is not None and not len(tensor):
+            raise UsageError("a batch of inputs holds no examples: curvature needs at least one. Leave such a batch out.")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._open = Forward(
             args, kwargs, batch=1 if tensor is None else tensor.shape[0], versions=versions((args, kwargs)),

@@ -18,6 +18,7 @@ from precond.operators.matrix_free import MatrixFree
 from precond.operators.modes import mode_products, outer
 from precond.operators.packing import pack, unpack
 from precond.operators.pairs import Fit, FitName, ModeForm, Pairs
+from precond.operators.repeated import Repeated
 from precond.operators.row_form import RowForm
 from precond.operators.secant import Probed, Secant, SecantKronecker
 from precond.operators.secant_memory import SecantMemory
@@ -47,6 +48,7 @@ __all__ = [
     "Operator",
     "Pairs",
     "Probed",
+    "Repeated",
     "RootShifted",
     "RowForm",
     "Secant",

@@ -79,7 +79,7 @@ class Gram(RowForm):
     def _compute_gram(self) -> Tensor:
         total = self.pieces[0].gram()
         for piece in self.pieces[1:]:
-            total = total + piece.gram()
+            total.add_(piece.gram())
         return total
 
     def _left(self, V: Tensor) -> Tensor:
@@ -91,8 +91,10 @@ class Gram(RowForm):
 
     def _right(self, B: Tensor) -> Tensor:
         total = B.new_empty(*self.batch, self.size, B.shape[-1])  # as long as the parameters: written once, and joined by no copy
-        for piece, part in zip(self.pieces, total.split([piece.size for piece in self.pieces], dim=-2), strict=True):
-            piece.right_into(B, part)
+        start = 0
+        for piece in self.pieces:
+            piece.right_into(B, total.narrow(-2, start, piece.size))
+            start += piece.size
         return total
 
     def to_dense(self) -> Tensor:

@@ -170,7 +170,7 @@ class OuterRows(PositionRows):
         return torch.einsum("...nroc,...nri->...oic", self._weighted(B), self.a).flatten(-3, -2)
 
     def right_into(self, B: Tensor, out: Tensor) -> None:
-        if self.batch or B.shape[-1] > 1:
+        if self.batch or B.shape[-1] != 1:
             super().right_into(B, out)
             return
         weighted = self._weighted(B).flatten(0, 1).squeeze(-1)

@@ -63,7 +63,7 @@ def _unpack(value: Any, live: Operator | None) -> Any:
 
 def _fill(n: int, live: Operator | None) -> MatrixFree:
     while live is not None and not isinstance(live, MatrixFree):
-        live = getattr(live, "operator", None)  # a live operator is only ever wrapped by Absolute, Shifted and RootShifted
+        live = getattr(live, "operator", None)  # a live operator is only ever wrapped by Absolute, Repeated, Shifted and RootShifted
     if live is None:
         raise UsageError("this holds a matrix-free operator, whose product cannot be saved: hand the live operator of this step as well.")
     if live.n != n:

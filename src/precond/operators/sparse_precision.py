@@ -17,11 +17,13 @@ NOISE = 100.0
 
 
 class SparsePrecision(Operator):
-    """The C with C^-1 = (I - B)^T D^-1 (I - B) that agrees with F on every set {i} + pa(i) of a directed acyclic graph.
+    """The C with C^-1 = (I - B)^T D^-1 (I - B) that has the regressions of F on the parents of a directed acyclic graph.
 
     A Gaussian network: coordinate i is regressed on its parents, B_i,pa = F_i,pa F_pa,pa^-1 and D_i = F_ii - B_i,pa F_pa,i. It is the
     closest one to N(0, F) of that graph, so C = F with all earlier coordinates as parents, or where F^-1 has the sparsity of the graph;
-    without parents it is the diagonal of F.
+    without parents it is the diagonal of F. Entries of C on {i} + pa(i) are those of F where any two parents of a coordinate are connected
+    themselves, one the parent of the other, as in all presets of the sparse representations; two parents that are not connected are as
+    independent in C as the graph makes them, whatever F says.
 
     Args:
         blocks: (n, k + 1, k + 1), F on (i, pa(i)), i first. Entries of absent parents are not read.

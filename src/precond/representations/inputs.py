@@ -11,7 +11,7 @@ from torch import Tensor
 
 from precond.blocks import Block, Parameter
 from precond.errors import ObservationError
-from precond.layers import OneHot, Ragged
+from precond.layers import OneHot, Ragged, counts_up
 from precond.layers.base import ROWS_AT_ONCE
 from precond.observe import Factors, LayerColumns, Part
 from precond.representations.outputs import output_moment
@@ -48,7 +48,7 @@ def _refuse_shared(seen: LayerColumns) -> None:
     shape = seen.input.shape
     alone = len(shape) > 1 and shape[0] == 1 and shape[1] != seen.batch
     uneven = len(shape) == 1 and not seen.input.is_floating_point() and shape[0] % seen.batch != 0
-    if seen.rows is None and seen.batch > 1 and (alone or uneven):
+    if seen.rows is None and seen.batch > 1 and (alone or uneven or counts_up(seen)):
         raise ObservationError(
             f"layer {seen.name!r} was called on {tuple(shape)} for a batch of {seen.batch} examples, once for all of them as it seems, so that their "
             f"gradients come back as one sum: say so with rows={{{seen.name!r}: 'shared'}}, or leave it out with overrides={{{seen.name!r}: None}}."

@@ -37,6 +37,7 @@ class KronDim(Representation):
             the power -1/2 is the mean of F_m^(-1/(2k)) over the dimensions, applied k times; all of them have factors then.
             "kl" (KL-Shampoo): C ~ F_1 (x) ... (x) F_k, and G is first multiplied by F_j^(-1/2) along every other dimension j and divided by
             prod_{j != m} n_j^(1/2): the fixed point minimises the Kullback-Leibler divergence between normal distributions of covariance C.
+            All are measured with the old roots, which overshoots where there are more than two factors: merge dimensions, or whiten rarely.
         whiten_damping, whiten_interval: of "kl": (F_j + whiten_damping I)^(-1/2), I at first, made anew from the averages before every
             so many observations.
         squeeze, merge_dims, max_dim, oversized, modes, max_skew: see `Dimensions`. One mode alone is one-sided Shampoo (ASGO): F (x) I, whose power

@@ -60,7 +60,7 @@ class KronSecant(Representation):
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         inputs = {name: stat for name, stat in self.host.statistics(block).items() if name != "B"}
         sums = dict.fromkeys(("count", "input", "output", "slope", "moved_output", "moved_slope"), Stat("state"))
-        return inputs | sums | dict.fromkeys((*self._kept, "fresh"), Stat("state", degree=0))
+        return inputs | sums | dict.fromkeys((*self._kept, "fresh"), Stat("state", degree=0, whole=True))  # of sums that are summed over ranks
 
     @property
     def _kept(self) -> tuple[str, ...]:

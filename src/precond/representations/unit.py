@@ -12,7 +12,7 @@ from torch import Tensor
 
 from precond.blocks import Block, Scope
 from precond.observe import Columns, Factors, Gradient, Kind, Observation, Product
-from precond.operators import Dense, Fit, Operator
+from precond.operators import Dense, Fit, Operator, Repeated
 from precond.representations.base import (
     REGISTRY,
     Representation,
@@ -45,6 +45,8 @@ class Unit(Representation):
         block: "row": the above. "kernel": mini-blocks, every tensor by itself: of a convolution one block a kernel (out, in), prod(kernel) square, and
             so of any tensor of order 3 or more; of a matrix one a row, without the homogeneous 1; of a vector, such as a bias, its entries.
             Memory prod(n) prod(kernel). Source: Bahamou, Goldfarb & Ren 2023, arXiv 2202.04124.
+        shared: "matrices": the units of a weight of two dimensions, of a fully connected layer say, share one block, the mean of theirs (also there).
+            Memory in'^2.
 
     >>> Unit().scope, Unit(block="kernel").scope
     ('matrix', 'kernel')
@@ -52,14 +54,16 @@ class Unit(Representation):
 
     centres = True
     structure = Dense
-    followed = PROBES
     fit = "dense"
 
     block: Literal["row", "kernel"] = "row"
+    shared: Literal["none", "matrices"] = "none"
 
     def __post_init__(self) -> None:
         if self.block not in ("row", "kernel"):
             raise ValueError(f"Unit(block={self.block!r}): choose 'row' or 'kernel'.")
+        if self.shared not in ("none", "matrices"):
+            raise ValueError(f"Unit(shared={self.shared!r}): choose 'none' or 'matrices'.")
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
@@ -68,9 +72,20 @@ class Unit(Representation):
     @property
     def requests(self) -> tuple[Kind, ...]:  # type: ignore[override]
         moments: tuple[Kind, ...] = ("factors",) if self.block == "row" else ()  # a bias by itself has no input
-        return ("columns", "gradient", "product", *moments, "secant", "successive")
+        pairs: tuple[Kind, ...] = ("secant", "successive") if self.shared == "none" else ()  # each unit has a pair of its own
+        return ("columns", "gradient", "product", *moments, *pairs)
+
+    @property
+    def followed(self) -> tuple[Kind, ...]:  # type: ignore[override]
+        return PROBES if self.shared == "none" else ()
+
+    def _shares(self, block: Block) -> bool:
+        """Whether the units of a block share one."""
+        return self.shared == "matrices" and any(len(p.shape) == 2 for p in block.parameters)
 
     def remark(self, shape: tuple[int, ...]) -> str | None:
+        if self.shared == "matrices" and len(shape) == 2:
+            return "one block, shared by its units"
         if self.block == "row" or len(shape) < 3:
             return None
         return f"{math.prod(shape[:2])} kernels of {math.prod(shape[2:])}"
@@ -87,32 +102,51 @@ class Unit(Representation):
 
     def measure(self, stage: str, observation: Observation, block: Block, statistics: Statistics) -> Statistics:
         rows, width = block.shape
+        shares = self._shares(block)
         if isinstance(observation, Gradient):
             gradient = mean_gradient(observation, block).view(rows, width)
-            return {"blocks": gradient.unsqueeze(2) * gradient.unsqueeze(1)}
+            return {"blocks": _mean_outer(gradient) if shares else gradient.unsqueeze(2) * gradient.unsqueeze(1)}
         if isinstance(observation, Columns):
-            return {"blocks": _from_columns(observation, block)} | first_moment(observation, block)
+            return {"blocks": (_shared_from_columns if shares else _from_columns)(observation, block)} | first_moment(observation, block)
         if isinstance(observation, Factors):
             inputs = unit_blocks(observation, block)
-            return {"blocks": zeros(block, rows, width, width) if inputs is None else inputs}
+            made = zeros(block, rows, width, width) if inputs is None else inputs
+            return {"blocks": made.mean(0) if shares else made}
         if not isinstance(observation, Product):
             raise refuse_kind(self, observation)
         blocks = zeros(block, rows, width, width)
         for indices, products in product_columns(observation, block):
             unit, place = indices // width, indices % width
             blocks[unit, place] = products.view(len(indices), rows, width)[torch.arange(len(indices)), unit]
-        return {"blocks": blocks}
+        return {"blocks": blocks.mean(0) if shares else blocks}
 
     def operator(self, statistics: Statistics, block: Block) -> Operator:
-        mean = deviation(statistics)
-        if mean is None:
-            return Dense(statistics["blocks"])
-        unit_means = mean.view(block.shape)
-        return Dense(statistics["blocks"] - unit_means.unsqueeze(2) * unit_means.unsqueeze(1))
+        blocks, mean = statistics["blocks"], deviation(statistics)
+        if mean is not None:
+            unit_means = mean.view(block.shape)
+            blocks = blocks - (_mean_outer(unit_means) if self._shares(block) else unit_means.unsqueeze(2) * unit_means.unsqueeze(1))
+        return Repeated(Dense(blocks), block.shape[0]) if self._shares(block) else Dense(blocks)
 
     def bytes_held(self, block: Block, itemsize: int) -> int:
         rows, width = block.shape
-        return rows * width**2 * itemsize
+        return (1 if self._shares(block) else rows) * width**2 * itemsize
+
+
+def _mean_outer(units: Tensor) -> Tensor:
+    """The mean over units (rows, width) of their outer products."""
+    return units.mT @ units / len(units)
+
+
+def _shared_from_columns(observation: Columns, block: Block) -> Tensor:
+    rows, width = block.shape
+    unshared = unshared_rows(observation, block)
+    if unshared is not None and all((rows, width) == (g.shape[1], a.shape[1]) for g, a in unshared):
+        return torch.stack([(a * g.square().sum(1, keepdim=True)).T @ a for g, a in unshared]).sum(0) / rows
+    total = zeros(block, width, width)
+    for gradients in weighted_gradients(observation, block):
+        units = gradients.reshape(-1, width)
+        total = total + units.T @ units
+    return total / rows
 
 
 def _from_columns(observation: Columns, block: Block) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from precond.damping import Blockwise, Damping, Tikhonov
 from precond.errors import InvalidCombination
-from precond.operators import BlockDiagonal, FitName, Operator, RootShifted, Shifted, SparsePrecision
+from precond.operators import BlockDiagonal, FitName, Operator, Repeated, RootShifted, Shifted, SparsePrecision
 from precond.operators.block_diagonal import put, take
+from precond.operators.repeated import alongside
 from precond.registry import Registry
 
 State = dict[str, Any]
@@ -54,7 +55,7 @@ class Solver(ABC):
         """Whether it can invert a structure; the user's own shift counts as part of what it shifts, and blocks are inverted one by one."""
         if isinstance(operator, BlockDiagonal):
             return all(self.takes(block) for block in operator.blocks.values())
-        if isinstance(operator, (Shifted, RootShifted)):
+        if isinstance(operator, (Shifted, RootShifted, Repeated)):
             return self.takes(operator.operator)
         structure = operator if isinstance(operator, type) else type(operator)
         return any(issubclass(structure, accepted) for accepted in self.accepts)
@@ -82,6 +83,8 @@ class Solver(ABC):
             old = state.get("blocks", {})
             blocks = {name: self.refresh(old.get(name, {}), block, damping) for name, block in operator.blocks.items()}
             return {"blocks": blocks, "layout": dict(operator.layout)}
+        if isinstance(operator, Repeated):
+            return {"count": operator.count, "each": self.refresh(state.get("each", {}), operator.operator, damping)}
         return self._refresh(state, operator, damping)
 
     def apply(self, state: State, vector: Tensor, operator: Operator | None = None) -> tuple[Tensor, State]:
@@ -93,8 +96,23 @@ class Solver(ABC):
         if vector.dim() not in (1, 2):
             raise ValueError(f"the {self.name} solver takes a vector (n,) or columns (n, k), not shape {tuple(vector.shape)}.")
         columns = vector.unsqueeze(1) if vector.dim() == 1 else vector
-        result, state = self._apply_blocks(state, columns, operator) if "layout" in state else self._apply(state, columns, operator)
+        if "layout" in state:
+            result, state = self._apply_blocks(state, columns, operator)
+        else:
+            result, state = (self._apply_each if "each" in state else self._apply)(state, columns, operator)
         return result.reshape(vector.shape), state
+
+    def _apply_each(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:
+        """The equal blocks of a `Repeated`, as columns of one."""
+        each: State = state["each"]
+        live = operator.operator if isinstance(operator, Repeated) else None
+
+        def inner(columns: Tensor) -> Tensor:
+            nonlocal each
+            result, each = self.apply(each, columns, live)
+            return result
+
+        return alongside(inner, V, state["count"]), state | {"each": each}
 
     def _apply_blocks(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:
         live = operator.blocks if isinstance(operator, BlockDiagonal) else {}

@@ -45,8 +45,8 @@ class BFGS(Solver):
     each factor has an H: one with a pair follows it, one with a probe v follows the pair (H v, A H v) and tends to A^-1
     ("Hessian-action" BFGS), any other is inverted. An application is a product with H.
 
-    Of the last m pairs (L-BFGS; the output factor of K-BFGS(L)) nothing is carried over: H is their exact inverse in compact form, damped like any other matrix, m^2 n a refresh
-    and 4 m n an application; without damping it is what the two-loop recursion applies.
+    Of the last m pairs (L-BFGS; the output factor of K-BFGS(L)) nothing is carried over: H is their exact inverse in compact form, damped
+    like any other matrix, m^2 n a refresh and 4 m n an application; without damping it is what the two-loop recursion applies.
 
     Of any matrix that has products it is given pairs (v, C v): H starts from I, or `initial` times it, scaled by the first pair where none
     is given, and follows them undamped, dense or entry by entry; pairs of negative curvature are passed over.

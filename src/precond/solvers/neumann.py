@@ -89,6 +89,8 @@ class Neumann(ProductSolver):
         damped = self._unpacked(state, operator)
         before: Tensor | None = state.get("x") if self.warm_start else None
         step: float = state["step_size"]
+        if not bool(V.norm(dim=0).isfinite().all()):
+            raise SolverFailure("the neumann solver was given a right-hand side that is not finite, or whose norm is not.")
         for halving in range(self.halvings + 1):
             start = self.warm_start * before if before is not None and before.shape == V.shape else step * V
             X = self._series(damped, V, start, step)

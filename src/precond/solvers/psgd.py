@@ -16,6 +16,7 @@ from precond.randomness import keyed_generator
 from precond.solvers import psgd_low_rank, psgd_modes
 from precond.solvers.base import REGISTRY, Solver, State
 from precond.solvers.probing import Structure, fit_of, probed
+from precond.solvers.psgd_modes import Bound
 
 Update = Literal["EQ", "Q0.5EQ1.5"]
 Normaliser = Literal["curvature", "largest"]
@@ -41,6 +42,8 @@ class PSGD(Solver):
             whitening, then a rotation towards a symmetric Q. A low-rank Q has an update of its own.
         normaliser: what the step is divided by. "curvature": a smoothed bound L <- max(decay L + (1 - decay) l, l) of the norm l of a a^T + b b^T;
             "largest": the largest entry of the gradient, as in the versions of 2015 to 2018.
+        bound: of that norm for a dense factor. "diagonal": |S x| / |x|, x the column of S = a a^T + b b^T with the largest diagonal entry, and
+            the trace for "EQ" with one mode; "column": x = S c, c the longest column, as in the versions before 2025 and kron-torch.
         step: None: 0.1, or 0.01 with "largest". decay: of L.
         initial: Q starts as initial times I; None: (E h^4)^(-1/8) (E v^2)^(1/4) of the first pair.
         seed: keys the probes, the noise and the choice between U and V, with the number of the update.
@@ -71,6 +74,7 @@ class PSGD(Solver):
 
     update: Update = "EQ"
     normaliser: Normaliser = "curvature"
+    bound: Bound = "diagonal"
     step: float | None = None
     decay: float = 0.9
     initial: float | None = None
@@ -81,7 +85,8 @@ class PSGD(Solver):
     updates: int = 1
 
     def __post_init__(self) -> None:
-        for name, value, known in (("update", self.update, Update), ("normaliser", self.normaliser, Normaliser), ("structure", self.structure, Structure)):
+        for name, known in (("update", Update), ("normaliser", Normaliser), ("bound", Bound), ("structure", Structure)):
+            value = getattr(self, name)
             if value not in get_args(known):
                 raise ValueError(f"PSGD({name}={value!r}): choose {' or '.join(map(repr, get_args(known)))}.")
         if self.step is not None and not 0 < self.step <= 1:
@@ -121,7 +126,8 @@ class PSGD(Solver):
         else:
             ends = (-1, fit.batch, *fit.sizes)
             Q = psgd_modes.learn(
-                _cast(start, h), pairs.v.reshape(ends), h.reshape(ends), learn, count, inverse_free=self.update != "EQ", whitening=pairs.whitening
+                _cast(start, h), pairs.v.reshape(ends), h.reshape(ends), learn, count, inverse_free=self.update != "EQ", whitening=pairs.whitening,
+                bound=self.bound,
             )
         return {"Q": Q, "updates": count + 1, "sizes": (fit.batch, *fit.sizes)}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from precond.operators import Fit, mode_products
 
 Rate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Bound = Literal["diagonal", "column"]
 _BALANCE = 100  # updates between two balances of the factors
 
 
@@ -35,7 +36,7 @@ def factors(Q: dict[str, Any], order: int) -> list[Tensor | None]:
     return [Q.get(str(m)) for m in range(order)]
 
 
-def learn(Q: dict[str, Any], v: Tensor, h: Tensor, rate: Rate, count: int, *, inverse_free: bool, whitening: bool) -> dict[str, Any]:
+def learn(Q: dict[str, Any], v: Tensor, h: Tensor, rate: Rate, count: int, *, inverse_free: bool, whitening: bool, bound: Bound) -> dict[str, Any]:
     """One step of every factor, from the old ones."""
     old = factors(Q, v.dim() - 2)
     if inverse_free:
@@ -43,6 +44,7 @@ def learn(Q: dict[str, Any], v: Tensor, h: Tensor, rate: Rate, count: int, *, in
     else:
         A, B = _modes(old, h), _inverse_transposed(old, v)
     new, made = dict(Q), [F for F in old if F is not None]
+    single = len(made) == 1 and not inverse_free and bound == "diagonal"
     for m, F in enumerate(old):
         if F is None:
             continue
@@ -53,7 +55,7 @@ def learn(Q: dict[str, Any], v: Tensor, h: Tensor, rate: Rate, count: int, *, in
             gradient = a - b
         else:
             gradient = (a - b).triu()
-        norm = (a + b).amax(-1) if diagonal else _norm(a + b, exact=len(made) == 1 and not inverse_free)
+        norm = (a + b).amax(-1) if diagonal else _norm(a + b, "trace" if single else bound)
         size, new[f"L{m}"] = rate(Q[f"L{m}"], norm, gradient)
         size = size.view(-1, *[1] * (F.dim() - 1))
         moved = F - size * (gradient * F if diagonal else gradient @ F)
@@ -91,17 +93,18 @@ def _noise_moment(F: Tensor, v: Tensor, mode: int) -> Tensor:
     return ones if F.dim() == 2 else torch.diag_embed(ones)
 
 
-def _norm(S: Tensor, *, exact: bool) -> Tensor:
+def _norm(S: Tensor, bound: Bound | Literal["trace"]) -> Tensor:
     """A bound of the spectral norm of semi-definite matrices (b, n, n).
 
-    The trace from above, as published for a single mode; else |S x| / |x| from below, with x the column of the largest diagonal
-    entry, never less than that entry.
+    The trace from above, as published for a single mode; else |S x| / |x| from below. x is the column of the largest diagonal entry,
+    never less than that entry; or S times the longest column, one power of S further.
     """
     diagonal = S.diagonal(dim1=-2, dim2=-1)
-    if exact:
+    if bound == "trace":
         return diagonal.sum(-1)
-    largest = diagonal.argmax(-1).view(-1, 1, 1).expand(-1, S.shape[-1], 1)
-    x = S.gather(-1, largest)
+    largest = diagonal.argmax(-1) if bound == "diagonal" else S.square().sum(-2).argmax(-1)
+    x = S.gather(-1, largest.view(-1, 1, 1).expand(-1, S.shape[-1], 1))
+    x = S @ x if bound == "column" else x
     size = x.norm(dim=(-2, -1))
     moved: Tensor = (S @ x).norm(dim=(-2, -1))
     return moved / torch.where(size > 0, size, 1.0)
@@ -111,7 +114,7 @@ def _towards_symmetric(Q: Tensor) -> Tensor:
     """One step of a rotation that brings Q nearer to a symmetric matrix: Q + a (R Q + a R R Q / 2), R = Q^T - Q of norm 1, a at most 1/8."""
     R = Q.mT - Q
     # R^T R is semi-definite; its largest eigenvalue is the square of R's norm
-    size = _norm(R.mT @ R, exact=False).sqrt()
+    size = _norm(R.mT @ R, "diagonal").sqrt()
     R = R / torch.where(size > 0, size, 1.0)[:, None, None]
     RQ = R @ Q
     RRQ = R @ RQ

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from precond.damping import Damping
-from precond.numerics import ROUNDING, eigh, round_off
+from precond.numerics import eigh, round_off
 from precond.operators import Dense, Diagonal, Kronecker, KroneckerEigen, Operator, RootShifted, Shifted, Spectral, outer, unpack
 from precond.operators.kronecker import matrices
 from precond.orthogonal import Error, follow
 from precond.solvers.base import REGISTRY, State
-from precond.solvers.first_order import relative_size, resolvents
+from precond.solvers.first_order import Shift, relative_size, resolvents, shift_of
 from precond.solvers.spectral import SpectralSolver
 
 Bases = dict[str, Tensor]
@@ -51,6 +49,7 @@ class QRIteration(SpectralSolver):
     Raises:
         SolverFailure: a damped eigenvalue is zero, or negative with a power other than 1.
 
+    >>> import torch
     >>> from precond.damping import Tikhonov
     >>> solver = QRIteration(power=0.5)
     >>> state = solver.init(Dense(torch.diag(torch.tensor([3.0, 8.0]))), Tikhonov(1.0))
@@ -71,9 +70,10 @@ class QRIteration(SpectralSolver):
 
     def _refresh(self, state: State, operator: Operator, damping: Damping) -> State:
         known = operator if damping.keeps_eigenvectors else damping(operator, self.power)
-        shift = self._shift(known, damping)
-        if shift is not None:
-            return self._to_first_order(state, known, shift)
+        if self.power <= 1 and self.spectrum in ("auto", "keep"):
+            shift = shift_of(known, damping, self.power)
+            if shift is not None:
+                return self._to_first_order(state, known, shift)
         bases: Bases = {}
         taken: list[int] = []
         spectral = self._decompose(known, state.get("bases", {}), bases, taken)
@@ -107,28 +107,8 @@ class QRIteration(SpectralSolver):
             return follow(A, eigh(A)[1], 0, self.tolerance, error)
         return follow(A, old.to(A), self.steps, self.tolerance, error)
 
-    # --- a matrix alone
-
-    def _shift(self, known: Operator, damping: Damping) -> Callable[[Tensor], Tensor] | None:
-        """From the eigenvalues (b, n) of a matrix alone to the damped ones, where a multiple of the identity is added and no more."""
-        inner = known.operator if isinstance(known, Shifted) else known
-        if not isinstance(inner, Dense) or self.spectrum in ("clamp", "abs") or self.power > 1:
-            return None
-
-        def damped(d: Tensor) -> Operator:
-            spectral: Operator = KroneckerEigen((None,), d)
-            spectral = Shifted(spectral, known.shift).spectral() if isinstance(known, Shifted) else spectral
-            return damping(spectral, self.power) if damping.keeps_eigenvectors else spectral
-
-        def shift(d: Tensor) -> Tensor:
-            s = damped(d).spectral().spectrum
-            noise = ROUNDING * torch.finfo(d.dtype).eps * d.abs().amax(-1, keepdim=True)
-            return torch.where(s.abs() <= noise, damped(round_off(d)).spectral().spectrum, s)
-
-        kind = damped(torch.ones_like(inner.block_diagonals()).reshape(-1, inner.size))
-        return shift if isinstance(kind, (Shifted, KroneckerEigen)) else None
-
-    def _to_first_order(self, state: State, known: Operator, shift: Callable[[Tensor], Tensor]) -> State:
+    def _to_first_order(self, state: State, known: Operator, shift: Shift) -> State:
+        """The state for a matrix alone."""
         F = known.operator if isinstance(known, Shifted) else known
         assert isinstance(F, Dense)
         sizes: list[Tensor] = []  # of each basis tried
@@ -140,7 +120,9 @@ class QRIteration(SpectralSolver):
         Q, d, N, steps = self._follow(F, state.get("bases", {}).get("0"), error)
         new = self._inverted(KroneckerEigen((Q,), shift(d)), known)
         less = (0.5 / sizes[-1]).clamp(max=1).sqrt()
-        U = resolvents(shift(d), self.power, self.tolerance) * less[:, None, None]
+        size = float(sizes[-1].amax())
+        accuracy = self.tolerance * math.sqrt(F.size) / (10 * size) if size > 0 else 1.0  # a tenth of the tolerance in the result
+        U = resolvents(shift(d), self.power, accuracy) * less[:, None, None]
         return new | {"bases": {"0": Q}, "steps": steps, "rest": N, "resolvents": U}
 
     def _apply(self, state: State, V: Tensor, operator: Operator | None) -> tuple[Tensor, State]:

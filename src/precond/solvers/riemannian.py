@@ -37,6 +37,9 @@ class Riemannian(Solver):
         normalise: divide the step by the largest entry of M_m where that exceeds 1, and weigh what is new in M_m by 1 - momentum.
         initial: K starts as initial times I. block: rows of a block.
 
+    A step that is not normalised is bounded where the truncated exponential ends: where step M_m has an entry above 1, as after a spike or
+    from a start far above the inverse, M_m is shortened so that the largest eigenvalues of K K^T shrink and none grows or changes its sign.
+
     Damping: a number is the damping above of "ingd", which keeps the sum F_1 (x) ... (x) F_k + damping I apart, and that of each factor
     (`PerFactor`) of "ikfac". It averages in its own state, and starts far from the inverse unless K K^T is near it. Cost 3 n_m^3 a factor and
     refresh, dense; applied, 2 n n_m.
@@ -130,6 +133,7 @@ class Riemannian(Solver):
                 bracket = level + _spread(shift * k[others].prod(0), squares[m]) * squares[m]
             fresh = _project((bracket - _identity(bracket)) / 2, group, self.block) * (1 - momentum if self.normalise else 1)
             M = momentum * old[m] + fresh
+            M = M if self.normalise else _bounded(M, self.step)
             step = self.step / M.abs().flatten(1).amax(-1).clamp(min=1) if self.normalise else M.new_full(M.shape[:1], self.step)
             made.append((K - _spread(step, K) * (K * M if K.dim() == 2 else K @ M), M))
         return made
@@ -140,6 +144,13 @@ class Riemannian(Solver):
         if "scale" in state:
             X = _spread(state["scale"].expand(X.shape[0]), X) * X
         return X.reshape(V.shape), state
+
+
+def _bounded(M: Tensor, step: float) -> Tensor:
+    """M of each matrix of a stack, made smaller where step M has an entry above 1: of Frobenius norm 1/2 then."""
+    wild = step * M.abs().flatten(1).amax(-1) > 1
+    size = step * M.flatten(1).norm(dim=1)
+    return M * _spread(torch.where(wild, 0.5 / torch.where(wild, size, 1.0), 1.0), M)
 
 
 def _stack(F: Operator) -> Tensor:

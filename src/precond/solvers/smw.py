@@ -169,7 +169,9 @@ class SMW(Solver):
         if "factor" in state:
             root, shift = state["root"].unsqueeze(-1), state["shift"]
             inside = root * torch.cholesky_solve(root * rows.left(X), state["factor"]) / shift[..., None, None]
-            result = rows.right(inside.neg_()).addcdiv_(X, spread(shift, rows.size))  # one pass: vectors are as long as the parameters
+            divisor = spread(shift, rows.size)
+            assert isinstance(divisor, Tensor)
+            result = rows.right(inside.neg_()).addcdiv_(X, divisor)  # one pass: vectors are as long as the parameters
         else:
             result = LowRankEigen(rows, state["vectors"], state["values"], state["rest"]) @ X
         return result.to(V.dtype), state
