@@ -97,6 +97,7 @@ CASES["masked-given"] = Case(
 )
 CASES["pruned-unequal"] = Case(_cell("ggn", "diagonal_sparse", "elementwise", history=0.9), ends=UNEQUAL)
 CASES["sketch-unequal"] = Case(_cell("ggn", precond.representations.FullLowRank(rank=6, method="sketch"), "smw", history=0.9), ends=UNEQUAL)
+CASES["seng-unequal"] = Case(_cell("empirical_fisher", precond.representations.LayerGram(sketch=2, positions=2), "smw"), ends=UNEQUAL, conv=True)
 CASES["lanczos-unequal"] = Case(_cell("hessian", precond.representations.FullLowRank(rank=6, products=20), "smw", 3.0), ends=UNEQUAL)
 CASES["lanczos-given"] = Case(
     _cell("hessian", precond.representations.LayerLowRank(rank=4, products=15), "smw", 3.0, history=0.9, loss_weights="given"), ends=UNEQUAL
@@ -105,6 +106,12 @@ CASES["lanczos-nan"] = Case(_cell("hessian", precond.representations.FullLowRank
 CASES["kfac-given"] = Case(_recipe("kfac", loss_weights="given"), ends=UNEQUAL)
 CASES["hessian_free-given"] = Case(lambda: precond.recipe("hessian_free", loss_weights="given", **TIGHT), ends=UNEQUAL)
 CASES["kfac-buckets"] = Case(METHODS["kfac"], ddp=(("gradient_as_bucket_view", True), ("find_unused_parameters", True)))
+CASES["martens-unequal"] = Case(
+    _cell("ggn", precond.representations.MatrixFree(diagonal="empirical_fisher"), precond.solvers.CG(max_iterations=4, preconditioner="jacobi")),
+    ends=UNEQUAL,
+)
+CASES["bfgs_products-unequal"] = Case(_cell("ggn", "matrix_free", "bfgs", 1.0), ends=UNEQUAL)
+CASES["psgd_products-unequal"] = Case(_cell("ggn", "full_gram", "psgd", 1.0), ends=UNEQUAL)
 for _name, _search, _lr in (("reject", precond.transforms.Reject(), 0.8), ("backtrack", precond.transforms.Backtrack(reductions=8), 6.0)):
     CASES[f"{_name}-unequal"] = Case(_cell("ggn", "layer", "cholesky", transforms=[_search]), ends=UNEQUAL, lr=_lr, closure=True)
 ALONE = {"reject-alone": replace(CASES["reject-unequal"], alone=True)}

@@ -154,7 +154,7 @@ def test_an_embedding_shared_by_all_examples_is_refused_where_it_is_not_said(rep
 def test_positions_as_long_as_a_multiple_of_the_batch_are_refused_as_well(form: str, length: int, repr: str) -> None:
     """Their leading dimension tells nothing, but they count 0, 1, 2, ...; tokens in another order are tokens."""
     tokens, target = labels(5, 3, length, seed=8), labels(5, 3, length, seed=9)
-    with pytest.raises(precond.ObservationError, match="'positions' (has|was called)"):
+    with pytest.raises(precond.ObservationError, match=r"'positions' (has|was called)"):
         positions(form, "ggn", repr, tokens, target)
     shared = positions(form, "ggn", repr, tokens, target, rows={"positions": "shared"})
     close(shared, positions("each", "ggn", repr, tokens, target))

@@ -78,6 +78,7 @@ STRUCTURES: dict[str, Operator] = {
 DAMPINGS: dict[str, Damping] = {
     "Tikhonov": Tikhonov(0.2), "Outside": Outside(0.2), "Factored": Factored(0.2), "PerFactor": PerFactor(0.2), "Blockwise": Blockwise(0.2),
     "Relative": Relative(0.2), "largest": Relative(0.2, of="largest"), "relative_factored": Relative(0.2, form="Factored"),
+    "balanced": PerFactor(0.2, balanced=True),
     "Floor": Floor(0.4), "shift": Floor(0.4, policy="shift"), "floor_factors": Floor(0.4, factors=True),
     "LevenbergMarquardt": LevenbergMarquardt(0.2), "tensor": Floor(torch.tensor(0.4, dtype=torch.float64)),
 }  # fmt: skip

@@ -1,7 +1,8 @@
 """What DistributedDataParallel claims: parameters after every step equal those of one process on the whole batch, at 1e-10 in float64.
 
 * For K-FAC (recorded labels, and exact), EK-FAC with an average, Shampoo, Hessian-free (CG at 1e-13), the empirical Fisher by layers, the
-  full Hessian, rows that ranks concatenate (a window of exact columns, Gram matrices by layer, by unit and centred); on an MLP and on
+  full Hessian, rows that ranks concatenate (a window of exact columns, Gram matrices by layer, by unit and centred, SENG's), sketches and
+  eigenpairs of the Hessian, sparse networks, masked entries and pruned diagonals; on an MLP and on
   convolutions; with DDP's own options for buckets and unused parameters;
 * with equal batches and plain mean losses; with unequal batches where each rank's loss is weighted by n_r * world / N; with gradient
   accumulation under `no_sync`; with loss_weights="given";

@@ -16,6 +16,7 @@ from torch import nn
 from nets import labels, normal, seeded
 from precond import representations
 from precond.representations import FullLowRank, FullSparse, KronDim, KronEigen, KronIO, LayerLowRank, LayerSparse, Unit, UnitLowRank
+from precond.solvers import Riemannian
 from training import make, plain, sgd
 
 CE = nn.CrossEntropyLoss()
@@ -59,6 +60,20 @@ def test_squeezed_dimensions_are_said() -> None:
     preconditioner = make("empirical_fisher", KronDim(squeeze=True), "cg").attach(model, CE, sgd(model))
     notes = {row.parameter: row.note for row in preconditioner.describe().rows}
     assert notes["0.weight"] == "(6, 4, 1, 1) as 6 x 4" and notes["2.weight"] == ""
+
+
+@pytest.mark.parametrize(
+    ("group", "note"),
+    [
+        ("dense", ""),
+        ("lower", "roots of the inverse factors lower triangular"),
+        (("block", "dense"), "roots of the inverse factors in blocks of 4, dense"),
+    ],
+)
+def test_the_structure_in_which_a_solver_holds_its_factors_is_said(group: Any, note: str) -> None:
+    solver = Riemannian(group=group, block=4)
+    preconditioner = make("empirical_fisher", "kron_io", solver).attach(model := conv(), CE, sgd(model))
+    assert {row.parameter: row.note for row in preconditioner.describe().rows}["0.weight"] == note
 
 
 @pytest.mark.parametrize("name", representations.names())

@@ -66,11 +66,13 @@ def test_the_code_of_a_page_runs(page: Path) -> None:
 def test_the_page_on_representations_has_them_all_and_what_it_says_of_three_ways_to_a_rank_holds() -> None:
     table = (DOCS / "representations.md").read_text().split("## Few rows")[0]
     assert {name for name in precond.representations.names() if f"`{name}`" not in table} == set()
+    torch.manual_seed(0)
     found = run(DOCS / "representations.md")
     data = (found["model"], found["criterion"], found["inputs"], found["targets"])
     M = precond.curvature(*data, matrix="ggn", repr="full").to_dense()
     best, sketch = ((found[name].to_dense() - M).norm() for name in ("best", "sketch"))
-    assert best < sketch * 1.0001 and sketch < 0.1 * M.norm()
+    assert best <= sketch * (1 + 1e-6) and sketch < 1.5 * best
+    assert best > 1e-3 * M.norm()
     assert found["newton"].blocks["model"].rank >= 5
 
 

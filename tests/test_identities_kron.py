@@ -66,6 +66,23 @@ def test_17_van_loans_product_is_kfacs_where_kfac_is_exact() -> None:
     close(nearest(exact[where][:, where], 3, 5), next(iter(held.blocks.values())).to_dense())
 
 
+@pytest.mark.parametrize("matrix", ["ggn", "empirical_fisher", "batched_empirical_fisher"])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_20_the_factors_of_a_tensor_have_the_trace_of_its_block(name: str, matrix: str) -> None:
+    """And so has the product that is divided by it; that of roots has it where the block is a Kronecker product alone."""
+    case, apart = CASES[name], []
+    data = (case.make(), case.criterion, case.inputs, case.targets)
+    diagonal = precond.curvature(*data, matrix=matrix, repr="diagonal")
+    held, divided = (precond.curvature(*data, matrix=matrix, repr=KronDim(normalisation=n)) for n in ("geometric", "trace"))
+    for parameter, block in held.blocks.items():
+        trace = diagonal.blocks[parameter].trace()
+        for factor in block.factors:
+            close(factor.trace(), trace)
+        close(divided.blocks[parameter].trace(), trace)
+        apart.append(float(block.trace() / trace))
+    assert max(apart) > 1.01, "negative control"
+
+
 @pytest.mark.parametrize("repr", ["kron_io", "kron_eigen", "kron_dim", KronDim(normalisation="trace"), "unit", "full_gram", "diagonal"], ids=str)
 def test_26_powers_of_a_held_matrix_compose(repr: Any) -> None:
     case = CASES["mlp"]

@@ -38,6 +38,7 @@ D, E, I = "dense", "diagonal", "identity"  # noqa: E741
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, tuple[list[int], list[list[int]], list[str]]]]] = {
     "squeezed": ({"squeeze": True}, {"0.weight": ([4, 3, 3], [[4], [3], [3]], [D] * 3), "2.weight": ([4, 4, 2, 2], [[4], [4], [2], [2]], [D] * 4)}),
     "rest": ({"merge_dims": "rest"}, {"0.weight": ([4, 9], [[4], [9]], [D] * 2), "7.weight": ([3, 16], [[3], [16]], [D] * 2)}),
+    "matrix": ({"merge_dims": "matrix"}, {"0.weight": ([4, 9], [[4], [9]], [D] * 2), "7.bias": ([3, 1], [[3], [1]], [D] * 2)}),
     "kernel": ({"merge_dims": "kernel"}, {"2.weight": ([4, 4, 4], [[4], [4], [4]], [D] * 3), "7.bias": ([3], [[3]], [D])}),
     "merged_first": ({"merge_dims": "first", "max_dim": 16}, {"2.weight": ([16, 4], [[16], [4]], [D] * 2), "0.weight": ([12, 3], [[12], [3]], [D] * 2)}),
     "merged_last": ({"merge_dims": "last", "max_dim": 9}, {"2.weight": ([4, 4, 4], [[4], [4], [4]], [D] * 3), "0.weight": ([4, 9], [[4], [9]], [D] * 2)}),

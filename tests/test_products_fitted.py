@@ -78,7 +78,7 @@ def test_bfgs_follows_a_matrix_that_has_moved() -> None:
     A, B = conditioned(6), conditioned(6, seed=3)
     solver = BFGS()
     state, errors = solver.init(Dense(A), NONE), list[float]()
-    for _ in range(240):
+    for _ in range(120):
         state = solver.refresh(state, Dense(B), NONE)
         errors.append(float((solver.apply(state, eye(6))[0] @ B - eye(6)).norm()))
     assert errors[0] > 0.1 and errors[-1] < 1e-6, (errors[0], errors[-1])
@@ -95,6 +95,16 @@ def test_bfgs_passes_negative_curvature_over_or_raises() -> None:
     for C in (Dense(torch.zeros(3, 3).double()), Diagonal(torch.tensor([1.0, 0.0])), Diagonal(torch.tensor([1.0, -1.0]))):
         with pytest.raises(SolverFailure, match="damping"):
             BFGS().init(C, NONE)
+
+
+def test_bfgs_forgets_a_spike_also_in_float32() -> None:
+    A = conditioned(4).float()
+    solver = BFGS()
+    state = solver.init(Dense(1e18 * A), NONE)
+    assert solver.apply(state, torch.eye(4))[0].abs().max() < 1e-15
+    for _ in range(60):
+        state = solver.refresh(state, Dense(A), NONE)
+    assert_close(solver.apply(state, torch.eye(4))[0] @ A, torch.eye(4), rtol=1e-2, atol=1e-2)
 
 
 def test_bfgs_follows_the_factors_of_a_kronecker_product_each_for_itself() -> None:
@@ -115,7 +125,7 @@ FIXED = ("dense", "dense_1x1", "dense_stack", "diagonal", "matrix_free", "low_ra
 @pytest.mark.parametrize("name", FIXED)
 def test_psgd_comes_to_the_inverse_of_an_operator(name: str) -> None:
     C = STRUCTURES[name]()
-    P = inverse(C, solver=PSGD(probes=C.n, updates=900, step=0.5), damping=0.1)
+    P = inverse(C, solver=PSGD(probes=C.n, updates=600, step=0.5), damping=0.1)
     assert_close(P.to_dense(), torch.linalg.inv(P.damped.to_dense()), rtol=1e-8, atol=1e-8)
     early = inverse(C, solver=PSGD(probes=C.n, updates=2, step=0.5), damping=0.1)
     if C.n > 1:
@@ -126,7 +136,7 @@ def test_psgd_comes_to_the_inverse_of_an_operator(name: str) -> None:
 @pytest.mark.parametrize("made", [lambda A: Dense(A), live], ids=["dense", "matrix_free"])
 def test_psgd_comes_to_the_inverse_absolute_value_of_an_indefinite_operator(made: Any) -> None:
     A = indefinite(4)
-    P = inverse(made(A), solver=PSGD(probes=4, updates=900, step=0.5)).to_dense()
+    P = inverse(made(A), solver=PSGD(probes=4, updates=600, step=0.5)).to_dense()
     d, U = torch.linalg.eigh(A)
     assert_close(P, (U / d.abs()) @ U.T, rtol=1e-9, atol=1e-9)
     with pytest.raises(AssertionError):  # negative
@@ -135,20 +145,20 @@ def test_psgd_comes_to_the_inverse_absolute_value_of_an_indefinite_operator(made
 
 def test_single_products_do_as_well_for_a_definite_operator() -> None:
     A = conditioned(4, 5.0)
-    P = inverse(live(A), solver=PSGD(updates=1500, step=0.5), damping=0.1)
+    P = inverse(live(A), solver=PSGD(updates=1000, step=0.5), damping=0.1)
     assert_close(P.to_dense(), torch.linalg.inv(A + 0.1 * eye(4)), rtol=1e-6, atol=1e-6)  # what chance leaves after so many
 
 
 def test_psgd_of_an_absolute_value_takes_products_with_the_matrix_itself() -> None:
     A, seen = indefinite(4), list[Tensor]()
-    solver = PSGD(probes=4, updates=900, step=0.5)
+    solver = PSGD(probes=4, updates=600, step=0.5)
     P = solver.apply(solver.init(Absolute(live(A, seen)), NONE), eye(4))[0]
     assert_close(P, power_of(A @ A, -0.5), rtol=1e-9, atol=1e-9)
-    assert len(seen) == 900 * 4  # none of them for a Lanczos process
+    assert len(seen) == 600 * 4  # none of them for a Lanczos process
     damped = PSGD().damped(Absolute(Dense(A)), Tikhonov(0.3))
     assert_close(damped.to_dense(), power_of(A @ A + 0.09 * eye(4), 0.5), **EXACT)
     H = power_of(A @ A + 0.09 * eye(4), 0.5)
-    noisy = PSGD(probes=4, updates=3000, step=0.02, seed=1)
+    noisy = PSGD(probes=4, updates=1500, step=0.03, seed=1)
     P = noisy.apply(noisy.init(Absolute(Dense(A)), Tikhonov(0.3)), eye(4))[0]
     assert (P @ H - eye(4)).norm() < 0.05 < (P @ (power_of(A @ A, 0.5) + 0.3 * eye(4)) - eye(4)).norm()  # noise is left; control: |C| + damping I
 
@@ -178,7 +188,7 @@ def test_each_structure_is_that_of_the_operator_or_the_one_asked_for() -> None:
     diagonal = inverse(Dense(C), solver=PSGD(structure="diagonal", probes=3, updates=600, step=0.5)).to_dense()
     assert_close(diagonal, torch.diag(1 / C.norm(dim=1)), rtol=1e-9, atol=1e-9)  # negative: row norms, not the inverse
     kron = Kronecker(conditioned(2, 3.0, seed=1), conditioned(2, 3.0, seed=2))
-    found = inverse(kron, solver=PSGD(probes=4, updates=1200, step=0.5)).to_dense()
+    found = inverse(kron, solver=PSGD(probes=4, updates=800, step=0.5)).to_dense()
     assert_close(found, torch.linalg.inv(kron.to_dense()), rtol=1e-8, atol=1e-8)
 
 
@@ -193,7 +203,7 @@ def test_every_representation_trains_with_them(repr: str, solver: str) -> None:
     preconditioner = make("ggn", repr, **options).attach(model, CRITERION, optimizer := sgd(model, lr=0.05))
     x, y = batches(1)[0]
     before = float(CRITERION(model(x), y).detach())
-    for _ in range(12):
+    for _ in range(5):
         plain(model, CRITERION, optimizer, x, y)
     assert float(CRITERION(model(x), y).detach()) < before and bool(theta(model).isfinite().all())
     assert preconditioner.diagnostics["blocks_kept"] == preconditioner.diagnostics["directions_zeroed"] == 0

@@ -54,7 +54,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "attention": (Attention, lambda step: labels(7, 6, 5, seed=step)),
 }
 VALID = [(c.matrix, c.repr, c.solver) for c in precond.combinations() if c.valid]
-ORDER = random.Random(0).sample(VALID, len(VALID))
+
+
+def _reaching(cells: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """The same cells, those first that have a member of an axis which no cell before them has."""
+    seen: set[tuple[int, str]] = set()
+    first, rest = [], []
+    for cell in cells:
+        members = set(enumerate(cell))
+        (rest if members <= seen else first).append(cell)
+        seen |= members
+    return first + rest
+
+
+ORDER = _reaching(random.Random(0).sample(VALID, len(VALID)))
 CELLS = [pytest.param(*cell, id="-".join(cell), marks=() if i < DRAWN else pytest.mark.slow) for i, cell in enumerate(ORDER)]
 
 

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import dense
+import dense_psgd
 import nets
 import precond
 from precond.damping import Tikhonov
-from precond.operators import Absolute, Dense
+from precond.operators import Absolute, Dense, Fit, Pairs
 from precond.representations import KronDim, KronEigen
 from precond.solvers import CG, PSGD, Krylov, Neumann
 from precond.transforms import Backtrack
@@ -95,13 +96,13 @@ def test_neumann_with_friction_has_the_papers_limit() -> None:
 def test_lissa_is_a_partial_sum_and_tends_to_the_newton_direction() -> None:
     H, g = at_start()
     values, U = torch.linalg.eigh(H + 0.1 * eye(len(g)))
-    for steps in (1, 4, 60):
+    for steps in (1, 4, 25):
         terms = (1 - 0.3 * values) ** torch.arange(steps + 1).unsqueeze(1)
         d = frozen("lissa", steps, solver=Neumann(terms=1, warm_start=1.0, step_size=0.3))
         assert_close(d, U @ (0.3 * terms.sum(0) * (U.T @ g)), **EXACT)
     exact = U @ ((U.T @ g) / values)
-    errors = [(frozen("lissa", steps) - exact).norm() for steps in (1, 20, 40)]
-    assert errors[1] < errors[0] / 4 and errors[2] < errors[1] / 4
+    errors = [(frozen("lissa", steps) - exact).norm() for steps in (1, 12, 24)]
+    assert errors[1] < errors[0] / 2 and errors[2] < errors[1] / 2
 
 
 def test_newton_cg_to_the_end_is_newtons_method() -> None:
@@ -243,7 +244,7 @@ def test_curveball_starts_with_a_cauchy_step_and_has_its_limit() -> None:
     rho, beta = 0.5, 0.5
     solver = precond.solvers.HeavyBall(rho=rho, beta=beta)
     assert_close(frozen("curveball", 100, solver=solver), torch.linalg.solve(G + (1 - rho) / beta * eye(len(g)), g), **EXACT)
-    assert_close(frozen("curveball", 60), torch.linalg.solve(G, g), rtol=1e-6, atol=1e-8)  # the best coefficients solve it
+    assert_close(frozen("curveball", 30), torch.linalg.solve(G, g), rtol=1e-6, atol=1e-8)  # the best coefficients solve it
 
 
 def test_the_damping_of_curveball_moves_when_and_as_the_reference_does() -> None:
@@ -271,10 +272,10 @@ def test_psgd_at_rest_learns_the_inverse() -> None:
     H, g = at_start(network)
     for recipe in ("psgd", "psgd_kron"):
         errors = []
-        for steps in (1, 50, 100):
+        for steps in (1, 100):
             d = frozen(recipe, steps, network, damping=0.0, solver=PSGD(update="Q0.5EQ1.5", step=0.5))
             errors.append(float((d - torch.linalg.solve(H, g)).norm()))
-        assert errors[1] < errors[0] / 30 and errors[2] < errors[1] / 30
+        assert errors[1] < errors[0] / 1000
 
 
 def test_max_skew_decides_which_dimensions_have_a_dense_factor() -> None:
@@ -303,3 +304,14 @@ def test_max_skew_decides_which_dimensions_have_a_dense_factor() -> None:
         KronDim(max_skew=1.0)
     with pytest.raises(ValueError, match="above 0"):
         KronDim(max_skew=0.0, oversized="diagonal")
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 40])
+def test_the_triangular_update_of_few_pairs_is_that_of_many(pairs: int) -> None:
+    v, h, fit = draw(pairs, 20), draw(pairs, 20, seed=1), Fit((20,), ("dense",))
+    solver = PSGD(initial=0.8)
+    state = solver.init(Pairs(v, h, fit), Tikhonov(0.0))
+    Q, _ = dense_psgd.modes([0.8 * eye(20)], ("dense",), [0.0], v, h, step=0.1)
+    assert_close(state["Q"]["0"][0], Q[0], **EXACT)
+    later = solver.refresh(state, Pairs(h, v, fit), Tikhonov(0.0))["Q"]["0"][0]
+    assert torch.equal(later, later.triu()) and later.diagonal().min() > 0

@@ -85,7 +85,7 @@ def changed(name: str, axis: str, **options: Any) -> Any:
 # -- diagonals -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "eps", "more"), [("adahessian", 1e-4, {}), ("equilibrated_sgd", 1e-2, {"repr": {"distribution": "rademacher"}})])
+@pytest.mark.parametrize(("name", "eps", "more"), [("adahessian", 1e-4, {}), ("equilibrated_sgd", 0.03, {"repr": {"distribution": "rademacher"}})])
 def test_on_a_diagonal_hessian_the_first_step_divides_by_its_absolute_value(name: str, eps: float, more: dict[str, Any]) -> None:
     model = column()
     h, g, start = dense.hessian(model, MSE, X, T), dense.gradient(model, MSE, X, T), theta(model)
@@ -99,8 +99,8 @@ def test_on_a_diagonal_hessian_the_first_step_divides_by_its_absolute_value(name
 
 def test_without_a_power_adahessian_is_adam_without_its_denominator() -> None:
     network = NETWORKS["square"]
-    model, expected, m = network.make(), [], 0.0
-    at = theta(model)
+    model, expected = network.make(), []
+    at, m = theta(model), torch.zeros_like(theta(model))
     for t, batch in enumerate(network.batches(4), start=1):
         m = 0.9 * m + 0.1 * dense.gradient(model, network.criterion, *batch)
         at = at - 0.1 * m / (1 - 0.9**t)
@@ -132,7 +132,7 @@ def test_equilibration_divides_by_the_norms_of_the_rows(monkeypatch: pytest.Monk
     D = torch.cat([operator.diagonal() for operator in preconditioner.operators.values()])
     close(D, (H @ H).diagonal().sqrt())
     close((H / D.unsqueeze(1)).norm(dim=1), torch.ones(P, dtype=torch.float64))
-    close(path[0], start - g / (D + 1e-2))
+    close(path[0], start - g / (D + 0.03))
     assert ((H / H.diagonal().abs().unsqueeze(1)).norm(dim=1) - 1).abs().max() > 0.1  # Jacobi's diagonal does not
 
 
@@ -142,7 +142,7 @@ def test_sophia_takes_newtons_step_where_curvature_is_large_and_signs_where_it_i
     model = column()
     h, g, start = dense.hessian(model, MSE, X, T).diagonal(), dense.gradient(model, MSE, X, T), theta(model)
     options: dict[str, Any] = {
-        "matrix": "hessian", "repr": precond.representations.get("diagonal")(estimator="hutchinson"),  # signs: h itself
+        "matrix": "hessian", "repr": precond.representations.Diagonal(estimator="hutchinson"),  # signs: h itself
         "history": Ema(0.0, debias=False), "loss_weights": "given", "damping": Floor(1e-12),
         "transforms": [Momentum(0.0, debias=False), Rescale(0.5), ElementClip(10.0)],
     }  # fmt: skip
@@ -158,13 +158,13 @@ def test_the_diagonal_of_sophia_g_is_that_of_the_fisher_matrix_on_average(monkey
     model, criterion, x, y = seeded(lambda: nn.Linear(2, 3)), nn.CrossEntropyLoss(), normal(2, 2, seed=3), labels(3, 2)
     p = dense.predict(model, x).softmax(1)
     matrix, repr = precond.recipe("sophia_g").triple.matrix, precond.recipe("sophia_g").triple.repr
-    expectation, uniform = 0.0, 0.0
+    fisher = dense.fisher(model, criterion, x, y).diagonal()
+    expectation, uniform = torch.zeros_like(fisher), torch.zeros_like(fisher)
     for drawn in itertools.product(range(3), repeat=2):
         monkeypatch.setattr(Categorical, "sample", lambda self, output, target, generator, d=drawn: self.gradient(output, torch.tensor(d)))
         h = precond.curvature(model, criterion, x, y, matrix=matrix, repr=repr).diagonal()
         expectation = expectation + float(p[0, drawn[0]] * p[1, drawn[1]]) * h
         uniform = uniform + h / 9
-    fisher = dense.fisher(model, criterion, x, y).diagonal()
     close(expectation, fisher)
     assert (uniform - fisher).norm() > 1e-3 * fisher.norm()
 
@@ -260,7 +260,7 @@ def test_the_input_factor_of_kbfgs_is_inverted_along_its_last_step() -> None:
 
 
 def test_only_row_norms_have_a_power_of_an_indefinite_matrix() -> None:
-    half = {"matrix": "hessian", "solver": precond.solvers.get("elementwise")(power=0.5), "damping": Outside(1e-4)}
-    precond.Preconditioner(repr=precond.representations.get("diagonal")(estimator="row_norms"), **half)
+    half: dict[str, Any] = {"matrix": "hessian", "solver": precond.solvers.Elementwise(power=0.5), "damping": Outside(1e-4)}
+    precond.Preconditioner(repr=precond.representations.Diagonal(estimator="row_norms"), **half)
     with pytest.raises(precond.InvalidCombination, match="indefinite"):
-        precond.Preconditioner(repr=precond.representations.get("diagonal")(estimator="hutchinson"), **half)
+        precond.Preconditioner(repr=precond.representations.Diagonal(estimator="hutchinson"), **half)

@@ -3,7 +3,8 @@
 - a layer whose leading size is not the batch is refused by name where examples must be told apart, with what to write; `rows="flattened"`
   and `rows="second"` then give the oracle's matrix; unrefused, it would be silently wrong; Kronecker expansion needs no examples;
 - BatchNorm in training mode is marked by `describe()`, in eval mode it is not; its columns are those of one backward pass over the batch;
-  `curvature(exact=True)` refuses it by name.
+  `curvature(exact=True)` refuses it by name;
+- the terms of an output with the batch second are refused for exact columns, which would take them for those of other examples.
 """
 
 from __future__ import annotations
@@ -150,3 +151,39 @@ def test_a_call_that_all_examples_share_is_refused_by_name_and_right_when_said(i
     got = curvature(model, CE, x, y, matrix="ggn", repr="kron_io", rows={"positions": "shared"}).to_dense()
     each = seeded(lambda: Positions(torch.arange(4).expand(6, 4)))
     assert_close(got, curvature(each, CE, x, y, matrix="ggn", repr="kron_io").to_dense(), **EXACT)
+
+
+class Sequence(nn.Module):
+    """Positions that mix, and logits (N, T, C), or (T, N, C) with the batch second."""
+
+    def __init__(self, second: bool) -> None:
+        super().__init__()
+        self.layer, self.second = nn.Linear(3, 4), second
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(torch.tanh(x.cumsum(1)))
+        return y.transpose(0, 1) if self.second else y
+
+
+@pytest.mark.parametrize("time", [4, 6])
+@pytest.mark.parametrize("flat", [True, False])
+def test_terms_of_an_output_with_the_batch_second_are_refused_where_examples_are_told_apart(time: int, flat: bool) -> None:
+    """Exact columns take terms for one example's after another's; drawn labels and the true gradient do not ask."""
+    x, y, criterion = normal(3, time, 3), labels(4, 3, time), nn.CrossEntropyLoss()
+
+    def step(matrix: str, repr: str, second: bool) -> Tensor:
+        model = seeded(lambda: Sequence(second))
+        preconditioner = make(matrix, repr)
+        with preconditioner.attach(model, criterion, optimizer := torch.optim.SGD(model.parameters(), lr=0.1)):
+            output, target = model(x), y.T if second else y
+            loss = criterion(output.flatten(0, 1), target.flatten()) if flat else criterion(output.transpose(1, 2), target)
+            loss.backward()
+            optimizer.step()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    for matrix in ("ggn", "fisher"):
+        with pytest.raises(ObservationError, match=r"the batch is their leading dimension, before the criterion"):
+            step(matrix, "full", second=True)
+    torch.testing.assert_close(step("empirical_fisher", "layer", True), step("empirical_fisher", "layer", False), rtol=1e-10, atol=1e-10)
+    assert step("ggn", "full", second=False).isfinite().all()
+    assert step("fisher_mc", "kron_io", second=True).isfinite().all()

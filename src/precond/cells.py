@@ -95,6 +95,10 @@ def why_not(matrix: Matrix, representation: Representation, solver: Solver) -> s
     structure = held.structure
     if (unfit := _unfit(held, solver)) is not None:
         return unfit
+    for name, other in held.beside.values():
+        if other not in (supplies := MATRICES.create(name).supplies):
+            told = f"representation {representation.name!r} is told to measure the matrix {name!r} by {_words((other,))}"
+            return f"{told}, but that gives only {_words(supplies)}"
     if matrix.centred and not (representation.centres or kind in ("product", "pairs")):
         return f"representation {representation.name!r} has no form from which the outer product of a mean can be taken, as {matrix.name!r} needs"
     if not solver.takes(structure):

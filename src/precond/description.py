@@ -49,7 +49,7 @@ def describe(plan: Plan, states: Sequence[BlockState]) -> Description:
     for state in states:
         p = state.plan
         for i, parameter in enumerate(p.block.parameters):
-            notes = [note for note in (p.note, p.repr.remark(parameter.shape)) if note]
+            notes = [note for note in (p.note, p.repr.remark(parameter.shape), p.solver.remark()) if note]
             notes += [f"also used by {layer}" for layer, _ in parameter.uses if layer != parameter.owner]
             if any(_batch_statistics(layer.module) for layer in p.block.layers.values()) and p.kind == "columns":
                 notes.append("training-mode batch statistics: columns include cross-example terms")

@@ -42,8 +42,8 @@ class Ema(Accumulator):
     Args:
         beta: the weight of the OLD value, in [0, 1).
         debias: divide by the weight 1 - beta^t, so that the average of a constant is that constant from the first step.
-        schedule: "constant"; "martens": beta_t = min(1 - 1/t, beta), a plain mean until beta is reached; or "first": the first observation is
-            copied, S_1 = X_1 (Eva, TNT, mini-block Fisher). The last two need no bias correction.
+        schedule: "constant"; "martens": beta_t = min(1 - 1/t, beta), a plain mean until beta is reached; or "first": the first observation
+            is copied, S_1 = X_1 (Eva, TNT, mini-block Fisher). The last two need no bias correction.
 
     >>> spec = {"A": Stat("mean")}
     >>> history = Ema(0.9)
@@ -134,8 +134,8 @@ class Window(History):
 
     Args:
         m: the number of observations.
-        reduction: "mean" or "sum", over the observations so far; or "padded", the sum divided by m, as if zeros were in the places that none
-            has yet (M-FAC).
+        reduction: "mean" or "sum", over the observations so far; or "padded", the sum divided by m, as if zeros were in the places that
+            none has yet (M-FAC).
         decay: in (0, 1], the weight of each observation against the next one's (GGT).
 
     >>> spec = {"U": Stat("rows")}

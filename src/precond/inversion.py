@@ -24,7 +24,8 @@ def inverse(
     Args:
         operator: any structured operator. Blocks of a `BlockDiagonal` are inverted one by one; a diagonal one that the solver does not
             take is inverted element by element, to the same power. A matrix-free one must live as long as the inverse.
-        solver: a name, a class or an instance.
+        solver: a name, a class or an instance. One that learns its inverse over refreshes (`psgd`, `riemannian`, `heavy_ball`) is as far as one
+            refresh takes it: give it as many as it needs, such as PSGD(updates=1000, probes=n).
         damping: a number, which becomes the object natural to solver and structure, or an object of `precond.damping`.
         power: None: the solver's own.
 

@@ -73,6 +73,11 @@ class BlockPlan:
     kind: Kind
     demand: int
     note: str | None = None
+    beside: Mapping[str, int] = field(default_factory=dict)
+
+    def source(self, stage: str) -> int:
+        """The number of the demand that a stage is measured from."""
+        return self.beside.get(stage, self.demand)
 
     @property
     def triple(self) -> str:
@@ -104,13 +109,18 @@ class _Draft:
     fed: list[tuple[Matrix, Kind, set[str]]] = field(default_factory=list)
 
     def add(self, block: Block, triple: Triple, kind: Kind, note: str | None = None) -> None:
-        number = next((n for n, (m, k, _) in enumerate(self.fed) if (m, k) == (triple.matrix, kind)), len(self.fed))
-        if number == len(self.fed):
-            self.fed.append((triple.matrix, kind, set()))
-        self.fed[number][2].update(block.layers)
-        held = triple.repr.over(kind)
+        number, held = self._feed(triple.matrix, kind, block), triple.repr.over(kind)
         damping = resolve(triple.damping, triple.solver.natural_damping(held.structure))
-        self.blocks.append(BlockPlan(held.coordinates(block), triple.matrix, held, triple.solver, damping, kind, number, note))
+        beside = {stage: self._feed(MATRICES.create(matrix), other, block) for stage, (matrix, other) in held.beside.items()}
+        self.blocks.append(BlockPlan(held.coordinates(block), triple.matrix, held, triple.solver, damping, kind, number, note, beside))
+
+    def _feed(self, matrix: Matrix, kind: Kind, block: Block) -> int:
+        """The number of a demand, which the block's layers belong to from now on."""
+        number = next((n for n, (m, k, _) in enumerate(self.fed) if (m, k) == (matrix, kind)), len(self.fed))
+        if number == len(self.fed):
+            self.fed.append((matrix, kind, set()))
+        self.fed[number][2].update(block.layers)
+        return number
 
     def leave(self, owner: str, reason: str, block: Block | None = None) -> None:
         """A layer that the user did not ask to leave out has no curvature: said once, and shown by `describe()`."""
@@ -124,7 +134,7 @@ class _Draft:
 
     def demands(self) -> Iterator[Demand]:
         for number, (matrix, kind, layers) in enumerate(self.fed):
-            blocks = [b for b in self.blocks if b.demand == number]
+            blocks = [b for b in self.blocks if number in (b.demand, *b.beside.values())]
             params = {n: self.partition.tensors[n] for b in blocks for n in b.block.names}
             yield Demand(matrix, kind, frozenset(layers), params, _reducer(matrix, kind, blocks))
 

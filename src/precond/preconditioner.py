@@ -84,7 +84,8 @@ class Preconditioner:
         kind = self.triple.check()
         self.options = make_options(
             self.triple.repr.over(kind), self.triple.solver, kind, transforms=transforms, history=history,
-            curvature_interval=curvature_interval, solver_interval=solver_interval, start_step=start_step, before_start=before_start, overrides=overrides, strict=strict,
+            curvature_interval=curvature_interval, solver_interval=solver_interval, start_step=start_step, before_start=before_start,
+            overrides=overrides, strict=strict,
             loss_weights=loss_weights, on_nonfinite=on_nonfinite, rows=rows,
             self_check=self_check,
         )  # fmt: skip

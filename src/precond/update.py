@@ -206,29 +206,30 @@ class Assembly:
 
     def merge(self, blocks: Sequence[BlockState], observations: Observations, stage: str) -> dict[str, Tensor]:
         """Measure one stage of every block, sum over ranks by kind, and merge; returns a valid flag for each block, by name."""
-        chosen = [b for b in blocks if stage in (*b.plan.repr.stages, *b.plan.repr.after) and _observed(b, observations[b.plan.demand])]
+        staged = [b for b in blocks if stage in (*b.plan.repr.stages, *b.plan.repr.after)]
+        chosen = [b for b in staged if _observed(b, observations[b.plan.source(stage)])]
         if not chosen:
             return {}
+        sources = [observations[b.plan.source(stage)] for b in chosen]
         with numerics.full_precision(_device(chosen[0]).type):
             for block in chosen:
                 block.prepare(stage)
-            measured = [_measure(b, stage, observations[b.plan.demand]) for b in chosen]
-        flags = [finite(new, _device(b)) & _weighed(observations[b.plan.demand], _device(b)) for b, new in zip(chosen, measured, strict=True)]
-        valid = self._reduce(chosen, observations, measured, flags)
+            measured = [_measure(b, stage, source) for b, source in zip(chosen, sources, strict=True)]
+        flags = [finite(new, _device(b)) & _weighed(source, _device(b)) for b, source, new in zip(chosen, sources, measured, strict=True)]
+        valid = self._reduce(chosen, sources, measured, flags)
         for i, (block, flag) in enumerate(zip(chosen, valid, strict=True)):
             block.merge(measured[i], flag)
             measured[i] = {}  # freed block by block: a second set of statistics is never held
         return {block.name: flag for block, flag in zip(chosen, valid, strict=True)}
 
     def _reduce(
-        self, blocks: Sequence[BlockState], observations: Observations, measured: list[dict[str, Any]], flags: list[Tensor]
+        self, blocks: Sequence[BlockState], sources: Sequence[Observation | Measured], measured: list[dict[str, Any]], flags: list[Tensor]
     ) -> list[Tensor]:
         """Weighted means over ranks in place; a rank with bad data contributes weight zero. Gradients are already reduced."""
         entries: list[tuple[int, str]] = []
         tensors: list[Tensor] = []
         weights: list[Tensor] = []
-        for i, (block, new, flag) in enumerate(zip(blocks, measured, flags, strict=True)):
-            observation = observations[block.plan.demand]
+        for i, (block, observation, new, flag) in enumerate(zip(blocks, sources, measured, flags, strict=True)):
             weight = torch.where(flag, observation.weight.to(flag.device), 0.0)
             shared = not isinstance(observation, _REDUCED)
             weights.append(weight if shared else weight / self.group.size)
@@ -242,21 +243,22 @@ class Assembly:
             total = totals[i].to(value.dtype)
             measured[i][name] = value / torch.where(total == 0, torch.ones_like(total), total)
         if self.group.several:
-            self._concatenate(blocks, observations, measured, flags, [w / torch.where(t == 0, 1.0, t) for w, t in zip(weights, totals, strict=True)])
+            self._concatenate(blocks, sources, measured, flags, [w / torch.where(t == 0, 1.0, t) for w, t in zip(weights, totals, strict=True)])
         if self.given:
-            for block, new, total in zip(blocks, measured, totals, strict=True):
-                if _depends_on_loss(observations[block.plan.demand]):
+            for block, observation, new, total in zip(blocks, sources, measured, totals, strict=True):
+                if _depends_on_loss(observation):
                     self._scale_given(block, new, total / (self.amp_scale * self.group.size))
         return [total > 0 if self.group.several else flag for total, flag in zip(totals, flags, strict=True)]
 
     def _concatenate(
-        self, blocks: Sequence[BlockState], observations: Observations, measured: list[dict[str, Any]], flags: list[Tensor], shares: list[Tensor]
-    ) -> None:
+        self, blocks: Sequence[BlockState], sources: Sequence[Observation | Measured], measured: list[dict[str, Any]], flags: list[Tensor],
+        shares: list[Tensor],
+    ) -> None:  # fmt: skip
         """The rows of all ranks in place, each with its rank's share of the weight; those of a rank with bad data are zeros."""
         entries: dict[str, tuple[int, str]] = {}
         rows: dict[str, Tensor] = {}
-        for i, (block, new, flag, share) in enumerate(zip(blocks, measured, flags, shares, strict=True)):
-            if isinstance(observations[block.plan.demand], _REDUCED):
+        for i, (block, source, new, flag, share) in enumerate(zip(blocks, sources, measured, flags, shares, strict=True)):
+            if isinstance(source, _REDUCED):
                 continue
             for name, value in new.items():
                 if block.spec[name].kind == "rows" and not block.spec[name].whole:

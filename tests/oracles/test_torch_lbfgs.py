@@ -41,7 +41,7 @@ def theirs(memory: int, net: str) -> Tensor:
 def ours(memory: int, net: str, powell: float = 0.0) -> Tensor:
     network = NETWORKS[net]
     model, (inputs, targets), path = network.make(), network.batch(0), []
-    triple = precond.recipe("lbfgs").triple
+    triple: Any = precond.recipe("lbfgs").triple
     members: dict[str, Any] = {
         "matrix": dataclasses.replace(triple.matrix, powell=powell), "repr": dataclasses.replace(triple.repr, memory=memory)
     }  # fmt: skip

@@ -20,8 +20,8 @@ VARIANTS = {
     "absolute": ({"matrix": "abs_hessian"}, {}),
     "every_2": ({"curvature_interval": 2}, {"interval": 2}),
 }
-ONLY = {name: ("mlp",) for name in ("power_half", "absolute", "every_2")}
-STEPS = 6
+ONLY = {name: ("mlp",) for name in ("no_averaging", "power_half", "absolute", "every_2")}
+STEPS = 5
 TOLERANCE = 1e-10
 CONTROLS = ({"average": False}, {"k": 0.5}, {"eps": 1e-3}, {"interval": 2}, {"betas": (0.9, 0.99)})
 

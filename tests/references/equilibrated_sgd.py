@@ -1,5 +1,5 @@
 """Equilibrated SGD (Dauphin et al. 2015) with a dense Hessian: every T-th step S <- S + (H v)^2, c <- c + 1 for the recorded normal v;
-theta <- theta - lr g / (sqrt(S / c) + damping).
+d = g / (sqrt(S / c) + damping), and SGD with momentum.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ VARIANTS = {
     "damping": ({"damping": 0.3}, {"damping": 0.3}),
     "absolute": ({"matrix": "abs_hessian", "curvature_interval": 3}, {"interval": 3}),
 }
-ONLY = {name: ("mlp",) for name in ("three_probes", "damping", "absolute")}
+ONLY = {name: ("mlp",) for name in ("interval_2", "three_probes", "damping", "absolute")}
 STEPS = 23  # the second refresh is that of step 21
 TOLERANCE = 1e-10
-CONTROLS = ({"last": 19}, {"damping": 0.02}, {"root": False})
+CONTROLS = ({"last": 19}, {"damping": 0.02}, {"momentum": 0.0}, {"root": False})
 
 
 def train(
-    network: Network, batches: list[Batch], drawn: Drawn, *, interval: int = 20, damping: float = 1e-2, last: int | None = None,
-    root: bool = True, lr: float = 0.1,
+    network: Network, batches: list[Batch], drawn: Drawn, *, interval: int = 20, damping: float = 0.03, last: int | None = None,
+    root: bool = True, lr: float = 0.03, momentum: float = 0.9,
 ) -> Tensor:  # fmt: skip
     """last: no refresh after this step; root: False takes the diagonal of the second moment itself. Both are wrong."""
     probes = iter(drawn.probes)
@@ -42,4 +42,4 @@ def train(
         mean = torch.as_tensor(S / c)
         return gradient / ((mean.sqrt() if root else mean) + damping)
 
-    return descend(network, batches, direction, lr=lr)
+    return descend(network, batches, direction, lr=lr, momentum=momentum)

@@ -1,8 +1,8 @@
 """Eva (Zhang, Shi & Li 2023) by its closed form: D = (1/l) [G - (b^T G a) / (l + |a|^2 |b|^2) b a^T] for [W, b] of a layer.
 
 a: the mean over examples of the input, with the homogeneous 1, itself a mean over positions; b: the mean over examples of the gradient of
-the example's loss at the output, summed over positions. The first pair is copied, later ones enter with 1 - 0.95. KL clip over all layers, SGD
-with momentum 0.9. Without a layer's B ("eva_f", the authors' name): D = (1/l) [G - G a a^T / (l + |a|^2)].
+the example's loss at the output, summed over positions. The first pair is copied, later ones enter with 1 - 0.95. KL clip over all
+layers, SGD with momentum 0.9. Without a layer's B ("eva_f", the authors' name): D = (1/l) [G - G a a^T / (l + |a|^2)].
 """
 
 from __future__ import annotations

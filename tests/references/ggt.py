@@ -1,7 +1,7 @@
 """GGT (Agarwal et al. 2019), by a singular value decomposition of the window: G = sum_i s_i u_i v_i^T, one row a gradient, newest last.
 
-As released: d = sum over s_i^2 > 1e-4 of v_i v_i^T m / s_i with m <- 0.9 m + g. The paper's form: d = m / eps + sum_i (1/(s_i + eps) - 1/eps)
-v_i v_i^T m. A gradient j steps old has the weight beta2^(j/2) in G.
+As released: d = sum over s_i^2 > 1e-4 of v_i v_i^T m / s_i with m <- 0.9 m + g. The paper's form: d = m / eps + sum_i
+(1/(s_i + eps) - 1/eps) v_i v_i^T m. A gradient j steps old has the weight beta2^(j/2) in G.
 """
 
 from __future__ import annotations

@@ -13,11 +13,16 @@ from references.common import Batch, Drawn, Network
 from references.lbfgs import Pairs, two_loops
 
 NETS = kbfgs.NETS
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = kbfgs.VARIANTS | {"memory_3": ({"repr": {"memory": 3}}, {"memory": 3})}
-ONLY = kbfgs.ONLY
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "default": kbfgs.VARIANTS["default"],
+    "lambda": kbfgs.VARIANTS["lambda"],
+    "add": kbfgs.VARIANTS["add"],
+    "memory_3": ({"repr": {"memory": 3}}, {"memory": 3}),
+}
+ONLY = kbfgs.ONLY | {"memory_3": ("mlp",)}
 STEPS = kbfgs.STEPS
 TOLERANCE = 1e-10
-CONTROLS = ({"memory": 6}, {"memory": 0}, {"second": "add"}, {"decay": 0.8}, {"late": False})
+CONTROLS = ({"memory": 6}, {"memory": 0}, {"second": "add"})
 
 
 class Outputs:

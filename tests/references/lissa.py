@@ -13,7 +13,7 @@ import dense
 import dense_krylov
 from references.common import Batch, Drawn, Network, descend
 
-NETS = ("mlp", "conv", "linear")
+NETS = ("mlp", "linear")
 VARIANTS = {
     "default": ({}, {}),
     "dense": ({"repr": "full"}, {}),
@@ -25,7 +25,7 @@ VARIANTS = {
     ),
 }
 # of a linear layer H has few distinct eigenvalues: once its Krylov space is exhausted the estimate of l is one of rounding
-ONLY = {"default": ("mlp", "conv"), "dense": ("mlp",), "scale": ("mlp", "linear"), "terms": ("mlp",), "restarted": ("mlp",)}
+ONLY = {"default": ("mlp",), "dense": ("mlp",), "scale": ("mlp", "linear"), "terms": ("mlp",), "restarted": ("mlp",)}
 STEPS = 8
 TOLERANCE = 1e-10
 CONTROLS = ({"carried": False}, {"terms": 2}, {"damping": 0.11}, {"iterations": 6})

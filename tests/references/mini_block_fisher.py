@@ -1,7 +1,7 @@
 """Mini-block Fisher (Bahamou, Goldfarb & Ren 2023), tensor by tensor.
 
-Of the mini-batch's gradient G, times N (or 1): a convolution's kernel (o, i) has F_oi of vec(G_oi) vec(G_oi)^T, D_oi = (F_oi + l I)^-1 G_oi; a matrix has
-F of G^T G / out for all its rows ("own": each row one of its own), D = G (F + l I)^-1; a vector its squares. F is copied at first, then
+Of the mini-batch's gradient G, times N (or 1): a convolution's kernel (o, i) has F_oi of vec(G_oi) vec(G_oi)^T and
+D_oi = (F_oi + l I)^-1 G_oi; a matrix has F of G^T G / out for all its rows ("own": each row one of its own), D = G (F + l I)^-1; a vector its squares. F is copied at first, then
 F <- 0.9 F + 0.1 (new). SGD with momentum 0.9.
 """
 
@@ -32,7 +32,7 @@ def _blocks(rows: Tensor, own: bool) -> Tensor:
     """(blocks, n, n) of rows (m, *shape): sums over rows of outer products."""
     if rows.dim() == 3 and not own:
         return torch.einsum("moi,moj->ij", rows, rows).unsqueeze(0) / rows.shape[1]
-    pieces = rows.flatten(1).reshape(len(rows), -1, 1) if rows.dim() == 2 else rows.flatten(3).flatten(1, 2) if rows.dim() > 3 else rows
+    pieces = rows.unsqueeze(2) if rows.dim() == 2 else rows.flatten(3).flatten(1, 2) if rows.dim() > 3 else rows
     return torch.einsum("mbi,mbj->bij", pieces, pieces)
 
 
@@ -46,7 +46,9 @@ def train(
 
     def direction(model: nn.Module, step: int, batch: Batch, gradient: Tensor) -> Tensor:
         N = len(batch[0])
-        rows = dense.per_example_gradients(model, network.criterion, *batch) / N**0.5 if by_example else gradient[None] * (N if terms else 1) ** 0.5
+        rows = gradient[None] * (N if terms else 1) ** 0.5
+        if by_example:
+            rows = dense.per_example_gradients(model, network.criterion, *batch) / N**0.5
         pieces = []
         keep = min(1 - 1 / (step + 1), beta) if warm else beta if step or not copied else 0.0
         for name, u in dense.split(rows, model).items():

@@ -17,7 +17,7 @@ import dense
 import dense_krylov
 from references.common import Batch, Drawn, Network, descend
 
-NETS = ("mlp", "conv", "linear")
+NETS = ("mlp", "linear")
 VARIANTS = {
     "default": ({}, {}),
     "no_friction": ({"solver": {"terms": 7, "step_size": 0.05}, "damping": 0.0}, {"terms": 7, "mu": 1.0, "eta": 0.05}),
@@ -25,7 +25,7 @@ VARIANTS = {
     "ggn": ({"matrix": "ggn", "damping": 0.01}, {"ggn": True, "damping": 0.01}),
 }
 # of a linear layer H has few distinct eigenvalues: once its Krylov space is exhausted the estimate of l is one of rounding
-ONLY = {"default": ("mlp", "conv"), "no_friction": ("linear",), "friction": ("mlp",), "ggn": ("mlp",)}
+ONLY = {"default": ("mlp",), "no_friction": ("linear",), "friction": ("mlp",), "ggn": ("mlp",)}
 STEPS = 6
 TOLERANCE = 1e-10
 CONTROLS = ({"terms": 9}, {"damping": 0.11}, {"margin": 1.11}, {"ggn": True}, {"guarded": False})

@@ -10,14 +10,13 @@ from references.common import Batch, Drawn, Network, theta
 
 _CLIPS = [{"name": "Momentum", "beta": 0.9}, {"name": "RMSClip", "bound": 2.0}, {"name": "ElementClip", "bound": 10.0}]
 
-NETS = ("mlp", "conv")
+NETS = ("mlp",)
 VARIANTS = {
     "default": ({}, {}),
     "rank_2": ({"repr": {"rank": 2}}, {"rank": 2}),
     "whitening": ({"matrix": "batched_empirical_fisher", "transforms": _CLIPS}, {"whitening": True, "clip": (2.0, 10.0)}),
     "damping": ({"damping": 0.1, "solver": {"step": 0.5}}, {"damping": 0.1, "step": 0.5}),
 }
-ONLY = {name: ("mlp",) for name in VARIANTS if name != "default"}
 STEPS = 8
 TOLERANCE = 1e-10
 CONTROLS = ({"step": 0.11}, {"momentum": 0.0}, {"damping": 0.01}, {"swapped": True})

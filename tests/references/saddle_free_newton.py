@@ -24,7 +24,7 @@ VARIANTS = {
         {"form": "hutchinson", "damping": 0.5},
     ),
 }
-ONLY = {"dense": ("mlp",), "few": ("mlp", "linear"), "hutchinson": ("mlp",)}
+ONLY = {"dense": ("mlp",), "diagonal": ("mlp",), "few": ("mlp", "linear"), "hutchinson": ("mlp",)}
 STEPS = 5
 TOLERANCE = 1e-10
 CONTROLS = ({"steps": 4}, {"signed": True}, {"damping": 1.1e-2}, {"form": "diagonal"})

@@ -1,7 +1,7 @@
 """SENG (Yang et al. 2022) by the rows of each layer: d = (1/l) [g - U^T (l I + K)^-1 U g], rows u_i / sqrt(N), K = U U^T.
 
-By example and in parameter order. "sketch": K of a weight is that of q of its inputs and q of its outputs, times in out / q^2, as the coordinates
-recorded say, plus that of the bias on q^2 of its entries, times out / q^2; U itself is whole. "positions": the output gradients (R, out)
+By example and in parameter order. "sketch": K of a weight is that of q of its inputs and q of its outputs, times in out / q^2, as the
+coordinates recorded say, plus that of the bias on q^2 of its entries, times out / q^2; U itself is whole. "positions": the output gradients (R, out)
 of an example of a convolution are replaced by the nearest ones of that rank, where its gradient has more numbers than its factors.
 """
 

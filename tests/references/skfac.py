@@ -1,7 +1,7 @@
 """SKFAC (Tang et al. 2021): K-FAC of this batch alone, every block a dense kron(B_d, A_d) and a dense solve.
 
-A, B of the batch's rows (of their means and sums over positions: "reduce"), nothing averaged over steps; pi-damped; KL clip and momentum as in
-`kfac`. The network "wide" has fewer rows than inputs and outputs, where the rows themselves are kept, "mlp" more.
+A, B of the batch's rows (of their means and sums over positions: "reduce"), nothing averaged over steps; pi-damped; KL clip and momentum
+as in `kfac`. The network "wide" has fewer rows than inputs and outputs, where the rows themselves are kept, "mlp" more.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from references.common import Batch, Drawn, Network
 
 NETS = sophia_h.NETS
 VARIANTS = {name: both for name, both in sophia_h.VARIANTS.items() if name != "signs"}
+ONLY = sophia_h.ONLY
 STEPS = 12
 TOLERANCE = 1e-10
 CONTROLS = ({"betas": (0.9, 0.99)}, {"gamma": 10.0}, {"bound": 0.5})

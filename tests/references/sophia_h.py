@@ -26,7 +26,7 @@ VARIANTS = {
     ),
     "signs": ({"repr": {"distribution": "rademacher"}, "transforms": WIDE}, {"gamma": 10.0, "eps": 1e-9}),
 }
-ONLY = {"signs": ("mlp",)}
+ONLY = {"wide_every_step": ("mlp",), "signs": ("mlp",)}
 STEPS = 12  # the second refresh is that of step 11
 TOLERANCE = 1e-10
 CONTROLS = ({"betas": (0.9, 0.99)}, {"gamma": 10.0}, {"bound": 0.5})

@@ -1,6 +1,6 @@
 """TONGA (Le Roux, Manzagol & Bengio 2007) with dense matrices: (C + damping I) d = g, C <- gamma C + (1/N) sum_i g_i g_i^T.
 
-With at least k + b rows C is replaced by its k largest eigenvalues before the next rows come, N of them a step, or one: the gradient of the batch.
+With at least k + b rows C is replaced by its k largest eigenvalues before the next rows come, N of them a step, or one: the batch's gradient.
 centred: the second moment less the outer product of the mean, both with the same weights. normalised: C divided by the sum of weights.
 """
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from precond.errors import ObservationError
 from precond.likelihoods import Likelihood
 from precond.observe.observation import Kind, Part
 
@@ -20,8 +21,17 @@ class Context:
     likelihood: Likelihood
     output: Tensor
     target: Tensor
-    batch: int
+    examples: int
     generator: torch.Generator
+    mixed: str | None = None
+    """Why the terms of the output cannot be told apart by example, or None."""
+
+    @property
+    def batch(self) -> int:
+        """The number of examples, for whoever takes the terms of the output to be theirs, one example after another."""
+        if self.mixed is not None:
+            raise ObservationError(self.mixed)
+        return self.examples
 
 
 class Source(Protocol):

@@ -177,7 +177,7 @@ class Observer(Recorder):
     def context(self, part: CriterionCall, number: int) -> Context:
         """What demand `number` may look at; its generator is keyed, so a replay draws the same labels again."""
         generator = keyed_generator(part.output.device, self.seed(), part.step, part.index, self.rank, number)
-        return Context(part.likelihood, part.output.detach(), part.target, part.forward.batch, generator)
+        return Context(part.likelihood, part.output.detach(), part.target, part.forward.batch, generator, part.mixed())
 
     def nested(self, part: CriterionCall, number: int) -> list[LayerColumns]:
         """The columns that demand `number` asks for, by a pass of our own from the criterion's input."""

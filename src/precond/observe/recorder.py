@@ -153,6 +153,7 @@ class Recorder(ABC):
         if forward is None:
             return
         nodes = [tensor.grad_fn for tensor in tensors_in(output)]
+        forward.shapes = [tensor.shape for tensor in tensors_in(output)]
         if self._keeps_outputs():
             forward.outputs = [tensor.detach() for tensor in tensors_in(output)]
             now = dict(model.named_buffers())

@@ -76,6 +76,7 @@ class Forward:
     autocast: tuple[str, bool, torch.dtype]
     buffers: dict[str, Tensor] = field(default_factory=dict)  # as they were before the pass, of those that it wrote to
     calls: list[Call] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)  # of its outputs
     outputs: list[Tensor] = field(default_factory=list)  # detached; only where products will run the pass again
     differentiated: bool = False  # a loss of this pass is part of a step
     without_grad: bool = False  # a layer ran with gradients off: perhaps inside a reentrant checkpoint
@@ -103,3 +104,15 @@ class CriterionCall:
     scale: Tensor | None = None
     bridge: Bridge | None = None
     factor: Tensor | None = None  # a weight that the model put on the loss itself
+
+    def mixed(self) -> str | None:
+        """Why the terms of the criterion's input are not one example's after another's, or None: the batch is not in front of an output."""
+        batch, given, made = self.forward.batch, self.output.shape, self.forward.shapes[self.model_output]
+        behind = batch in given[1:] if len(given) > 2 else made[:1] not in (given[:1], (batch,)) and batch in made[1:]
+        if batch == 1 or not len(given) or given[0] == batch or not behind:
+            return None
+        return (
+            f"the criterion's input has shape {tuple(given)} and the model's output {tuple(made)} for a batch of {batch} examples, which is not in front: "
+            "its terms would be taken for those of other examples. Transpose output and target, so that the batch is their leading dimension, "
+            "before the criterion, or before they are flattened for it."
+        )

@@ -13,8 +13,9 @@ from precond.bags import entries
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """g v / |v|, the norm over all dimensions but `dim`. The fused kernel's second derivative is not symmetric in torch 2.13 on the CPU."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    """The weight g v / |v|, the norm over all dimensions but `dim`. The fused kernel's second derivative is not symmetric in torch 2.13 on the CPU."""
+    norm: Tensor = torch.norm_except_dim(v, 2, dim)
+    return v * (g / norm)
 
 
 def embedding_bag(
@@ -46,4 +47,5 @@ class TwiceDifferentiable(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+        call: Callable[..., Any] = _INSTEAD.get(func, func)
+        return call(*args, **(kwargs or {}))

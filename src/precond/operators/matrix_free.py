@@ -18,6 +18,7 @@ class MatrixFree(Operator):
     Args:
         product: maps (n,) to (n,), linear and symmetric.
         n, dtype, device: of the vectors it takes.
+        estimate: (n,), something like the diagonal, for who is to precondition with it. `diagonal()` is the diagonal itself.
 
     Columns are multiplied one by one; `to_dense`, `diagonal` and `trace` cost n products.
 
@@ -27,7 +28,10 @@ class MatrixFree(Operator):
 
     live = True
 
-    def __init__(self, product: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, product: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype, device: torch.device | str, estimate: Tensor | None = None
+    ) -> None:
+        self.estimate = estimate
         self.product, self._n, self._empty = product, n, torch.empty(0, dtype=dtype, device=device)
 
     @property

@@ -50,16 +50,17 @@ class Repeated(Operator):
         return alongside(self.operator._matmul, V, self.count)
 
     def to_dense(self) -> Tensor:
-        return torch.block_diag(*[self.operator.to_dense()] * self.count)
+        whole: Tensor = torch.block_diag(*[self.operator.to_dense()] * self.count)
+        return whole
 
     def diagonal(self) -> Tensor:
         return self.operator.diagonal().repeat(self.count)
 
     def trace(self) -> Tensor:
-        return self.count * self.operator.trace()
+        return self.operator.trace() * self.count
 
     def logdet(self) -> Tensor:
-        return self.count * self.operator.logdet()
+        return self.operator.logdet() * self.count
 
     @property
     def noise(self) -> int:

@@ -62,6 +62,11 @@ class Representation(ABC):
         return {"first": Stat("mean"), "count": Stat("mean")}
 
     @property
+    def beside(self) -> Mapping[str, tuple[str, Kind]]:
+        """Stages that are measured from another matrix than its own: that one's name, and the kind of observation."""
+        return {}
+
+    @property
     def live(self) -> bool:
         """Its operator holds a function and lives one step."""
         return self.structure.live

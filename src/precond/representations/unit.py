@@ -45,8 +45,8 @@ class Unit(Representation):
         block: "row": the above. "kernel": mini-blocks, every tensor by itself: of a convolution one block a kernel (out, in), prod(kernel) square, and
             so of any tensor of order 3 or more; of a matrix one a row, without the homogeneous 1; of a vector, such as a bias, its entries.
             Memory prod(n) prod(kernel). Source: Bahamou, Goldfarb & Ren 2023, arXiv 2202.04124.
-        shared: "matrices": the units of a weight of two dimensions, of a fully connected layer say, share one block, the mean of theirs (also there).
-            Memory in'^2.
+        shared: "matrices": the units of a weight of two dimensions, of a fully connected layer say, share one block, the mean of theirs
+            (same source). Memory in'^2.
 
     >>> Unit().scope, Unit(block="kernel").scope
     ('matrix', 'kernel')

@@ -60,6 +60,10 @@ class Solver(ABC):
         structure = operator if isinstance(operator, type) else type(operator)
         return any(issubclass(structure, accepted) for accepted in self.accepts)
 
+    def remark(self) -> str | None:
+        """In which structure it holds what it applies, for `describe()`, where that is not the operator's own."""
+        return None
+
     def damped(self, operator: Operator, damping: Damping) -> Operator:
         """The operator that is inverted."""
         return damping(operator, self.power)

@@ -51,9 +51,9 @@ class BFGS(Solver):
     Of any matrix that has products it is given pairs (v, C v): H starts from I, or `initial` times it, scaled by the first pair where none
     is given, and follows them undamped, dense or entry by entry; pairs of negative curvature are passed over.
 
-    Of any other operator C it makes the pairs itself, (s, C s + damping s) with s = H v and v random: the first H is the inverse of the
-    damped C by n of them, which end there on any definite C, or `initial` times I; then H moves by `probes` pairs a refresh. A Kronecker
-    product is followed factor by factor where its damping is that of its factors, any other operator as a whole.
+    Of any other operator C it makes the pairs itself, (s, C s + damping s) with v random and s = H v, or every other time v itself: the
+    first H is the inverse of the damped C by n of them, which end there on any definite C, or `initial` times I; then H moves by `probes`
+    pairs a refresh. A Kronecker product is followed factor by factor where its damping is that of its factors, any other operator as a whole.
 
     Args:
         initial: see above. seed: keys v, with the number of the refresh.
@@ -156,7 +156,7 @@ class BFGS(Solver):
         if old is None:
             return {"inverse": self._inverse(F.matrix)}
         H = old["inverse"].to(F.matrix)
-        s = (H @ F.probe.unsqueeze(-1)).squeeze(-1)
+        s = bfgs_probes.step(H, F.probe)
         y = (F.matrix @ s.unsqueeze(-1)).squeeze(-1)
         return {"inverse": PairRule(powell=0.0).inverse(H, s, y, _none(s) == 0)[0]}
 
@@ -169,7 +169,7 @@ class BFGS(Solver):
         pairs, exact = _none(like) if old is None else old["pairs"], old is None and self.initial is None
         H, counted = bfgs_probes.follow(
             H, lambda s: (C @ s.reshape(-1)).reshape(b, n), n if exact else self.probes, PairRule(powell=0.0, scale_initial=self.initial is None),
-            pairs, lambda: torch.randn(b, n, dtype=C.dtype, generator=generator).to(C.device),
+            pairs, lambda: torch.randn(b, n, dtype=C.dtype, generator=generator).to(C.device), everywhere=key[0] % 2 == 1,
         )  # fmt: skip
         if exact and bool((counted < n).any()):
             self._fail((fit.n, fit.n))

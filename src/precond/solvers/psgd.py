@@ -53,7 +53,7 @@ class PSGD(Solver):
         updates: of each refresh there.
 
     Of pairs, damping delta adds (delta + eps |h|) v' to h with v' normal, v itself for whitening: P is then (E[h h^T] + delta^2 I)^(-1/2), below
-    I / delta. Cost a refresh, for n_m in each mode: n n_m, and n_m^3 where Q is multiplied; applied, 2 n n_m.
+    I / delta. Cost a refresh, for n_m in each mode: n n_m, and n_m^3 where Q is multiplied, n^2 a pair for "EQ" with one mode; applied, 2 n n_m.
 
     Sources: Li, "Preconditioned stochastic gradient descent", 2018, arXiv 1512.04202; "Preconditioner on matrix Lie group for SGD", 2019,
     arXiv 1809.10232; "Black box Lie group preconditioners for SGD", 2022, arXiv 2211.04422; arXiv 2402.11858, 2024.

@@ -18,6 +18,7 @@ from precond.operators import Fit, mode_products
 Rate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Bound = Literal["diagonal", "column"]
 _BALANCE = 100  # updates between two balances of the factors
+_FEW = 8  # a product of matrices costs as much as so many vectors for each column
 
 
 def start(scale: Tensor, fit: Fit) -> dict[str, Any]:
@@ -58,7 +59,13 @@ def learn(Q: dict[str, Any], v: Tensor, h: Tensor, rate: Rate, count: int, *, in
         norm = (a + b).amax(-1) if diagonal else _norm(a + b, "trace" if single else bound)
         size, new[f"L{m}"] = rate(Q[f"L{m}"], norm, gradient)
         size = size.view(-1, *[1] * (F.dim() - 1))
-        moved = F - size * (gradient * F if diagonal else gradient @ F)
+        if diagonal:
+            change = gradient * F
+        elif not inverse_free and _FEW * A[:, 0].numel() <= F.shape[-1] ** 2:
+            change = _triangle_times(A, B, m, F)
+        else:
+            change = gradient @ F
+        moved = F - size * change
         new[str(m)] = _towards_symmetric(moved) if inverse_free and not diagonal else moved
     return _balanced(new, old) if len(made) > 1 and count % _BALANCE == _BALANCE - 1 else new
 
@@ -80,9 +87,23 @@ def _inverse_transposed(Q: Sequence[Tensor | None], X: Tensor) -> Tensor:
     return X
 
 
+def _unfolded(X: Tensor, mode: int) -> Tensor:
+    """X_(mode), (b, n_m, columns), the columns of all pairs."""
+    return X.movedim((1, mode + 2), (0, 1)).flatten(2)
+
+
+def _triangle_times(A: Tensor, B: Tensor, mode: int, F: Tensor) -> Tensor:
+    """triu(<A A^T> - <B B^T>) F of few columns, in n^2 each: row i of triu(x x^T) F is x_i times the sum over k >= i of x_k F_k."""
+    total = torch.zeros_like(F)
+    for X, sign in ((A, 1.0), (B, -1.0)):
+        for x in _unfolded(X, mode).unsqueeze(2).unbind(-1):
+            total = total + sign * x * (x * F).flip(-2).cumsum(-2).flip(-2)
+    return total / len(A)
+
+
 def _contract(X: Tensor, mode: int, diagonal: bool) -> Tensor:
     """The mean over pairs of X_(mode) X_(mode)^T, (b, n_m, n_m), or its diagonal."""
-    moved = X.movedim((1, mode + 2), (0, 1)).flatten(2)
+    moved = _unfolded(X, mode)
     return (moved.square().sum(-1) if diagonal else moved @ moved.mT) / X.shape[0]
 
 

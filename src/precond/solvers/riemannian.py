@@ -79,6 +79,12 @@ class Riemannian(Solver):
         if not 0 < self.initial < math.inf or self.block < 1:
             raise ValueError(f"Riemannian(initial={self.initial}, block={self.block}): both are positive.")
 
+    def remark(self) -> str | None:
+        words = {"block": f"in blocks of {self.block}", "lower": "lower triangular", "upper": "upper triangular"}
+        groups = self.group if isinstance(self.group, tuple) else (self.group,)
+        said = ", ".join(words.get(group, group) for group in groups)
+        return None if set(groups) == {"dense"} else f"roots of the inverse factors {said}"
+
     def natural_damping(self, structure: type[Operator]) -> type[Damping]:
         return PerFactor if self.method == "ikfac" and issubclass(structure, Kronecker) else Tikhonov
 
