@@ -1,4 +1,4 @@
-"""LiSSA (Agarwal, Bullins & Hazan 2017) with one term a mini-batch: X <- g + (I - (H + damping I) / c) X, d = X / c.
+"""LiSSA (Agarwal, Bullins & Hazan 2017) with one term a mini-batch: X <- g + (I - (H + damping I) / c) X from 0.99 of the X before, d = X / c.
 
 c = 1.1 l by default, l the largest |Ritz value| of H + damping I plus its residual, in five dimensions from a fixed start; as c changes from batch
 to batch it is X / c that is carried. "restarted" has more terms on one batch, from X = g, with nothing carried.
@@ -17,23 +17,24 @@ NETS = ("mlp", "linear")
 VARIANTS = {
     "default": ({}, {}),
     "dense": ({"repr": "full"}, {}),
-    "scale": ({"solver": {"step_size": 0.1}, "damping": 0.01}, {"scale": 10.0, "damping": 0.01}),
+    "whole": ({"solver": {"warm_start": 1.0}}, {"carried": 1.0}),
+    "scale": ({"solver": {"step_size": 0.1, "warm_start": 1.0}, "damping": 0.01}, {"scale": 10.0, "damping": 0.01, "carried": 1.0}),
     "terms": ({"solver": {"terms": 3}}, {"terms": 3}),
     "restarted": (
         {"solver": {"warm_start": 0.0, "terms": 30, "step_size": 0.1}, "damping": 1.0},
-        {"carried": False, "terms": 30, "scale": 10.0, "damping": 1.0},
+        {"carried": 0.0, "terms": 30, "scale": 10.0, "damping": 1.0},
     ),
 }
 # of a linear layer H has few distinct eigenvalues: once its Krylov space is exhausted the estimate of l is one of rounding
-ONLY = {"default": ("mlp",), "dense": ("mlp",), "scale": ("mlp", "linear"), "terms": ("mlp",), "restarted": ("mlp",)}
+ONLY = {"default": ("mlp",), "whole": ("mlp",), "dense": ("mlp",), "scale": ("mlp", "linear"), "terms": ("mlp",), "restarted": ("mlp",)}
 STEPS = 8
 TOLERANCE = 1e-10
-CONTROLS = ({"carried": False}, {"terms": 2}, {"damping": 0.11}, {"iterations": 6})
+CONTROLS = ({"carried": 0.0}, {"carried": 1.0}, {"terms": 2}, {"damping": 0.11}, {"iterations": 6})
 
 
 def train(
     network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 0.1, terms: int = 1, scale: float | None = None, iterations: int = 5,
-    carried: bool = True,
+    carried: float = 0.99,
 ) -> Tensor:  # fmt: skip
     last: list[Tensor] = []
 
@@ -45,7 +46,7 @@ def train(
             start = torch.randn(len(H), generator=torch.Generator().manual_seed(0)).to(H.dtype)
             c = 1.1 * dense_krylov.largest_magnitude(C, start, iterations)
         while True:  # c is doubled where a residual is above all before the first term: a series that converges has none
-            X = c * last[0] if carried and last else gradient
+            X = carried * c * last[0] if carried and last else gradient
             first, diverged = max(gradient.norm(), (gradient - C @ X / c).norm() if carried else gradient.norm()), False
             for _ in range(terms):
                 diverged = diverged or bool((gradient - C @ X / c).norm() > 1.01 * first)

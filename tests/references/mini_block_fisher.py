@@ -1,8 +1,8 @@
 """Mini-block Fisher (Bahamou, Goldfarb & Ren 2023), tensor by tensor.
 
 Of the mini-batch's gradient G, times N (or 1): a convolution's kernel (o, i) has F_oi of vec(G_oi) vec(G_oi)^T and
-D_oi = (F_oi + l I)^-1 G_oi; a matrix has F of G^T G / out for all its rows ("own": each row one of its own), D = G (F + l I)^-1; a vector its squares. F is copied at first, then
-F <- 0.9 F + 0.1 (new). SGD with momentum 0.9.
+D_oi = (F_oi + l I)^-1 G_oi; a matrix has F of G^T G / out for all its rows ("own": each row one of its own), D = G (F + l I)^-1; a vector
+its squares. F is copied at first, then F <- 0.9 F + 0.1 (new). SGD with momentum 0.9.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ CONTROLS = ({"steps": 4}, {"signed": True}, {"damping": 1.1e-2}, {"form": "diago
 
 
 def train(
-    network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 1e-2, steps: int = 50, form: str = "krylov", signed: bool = False
+    network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 1e-2, steps: int = 20, form: str = "krylov", signed: bool = False
 ) -> Tensor:
     """signed: of H itself, which is Newton's method."""
     seen = iter(drawn.probes)
