@@ -111,5 +111,5 @@ def test_importing_the_package_loads_nothing_of_the_comparison() -> None:
 
 
 def test_the_module_runs_as_a_program() -> None:
-    done = subprocess.run([sys.executable, "-m", "precond.cli", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "precond", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("precond ")

@@ -1,6 +1,7 @@
 """Claims about the pages in docs/: every block of Python in them runs, one after another, and what they define is right.
 
 - So does the section of the README on Hugging Face, and it observes every step.
+- `recipes.md` is what `docs/recipes.py` makes of the recipe files, and the README names all of them.
 - The blocks of a page share one namespace; registries and the random state are put back afterwards.
 - The layers of `layers.md` have the oracle's matrix by their registered rules, as by the generic one.
 - The Poisson likelihood of `likelihoods.md` has autograd's gradient and Hessian, its draws have them as mean and covariance by enumeration,
@@ -9,6 +10,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -142,3 +144,21 @@ def test_curvature_with_the_poisson_likelihood_is_the_oracles(poisson: Any, repr
 def test_an_option_the_poisson_likelihood_does_not_model_is_refused(poisson: Any) -> None:
     with pytest.raises(precond.ObservationError, match=r"PoissonNLLLoss\(log_input=False\) is not modelled"):
         precond.likelihoods.resolve(nn.PoissonNLLLoss(log_input=False))
+
+
+def test_the_page_of_recipes_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("recipes_page", DOCS / "recipes.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.page() == (DOCS / "recipes.md").read_text(encoding="utf-8"), "run python docs/recipes.py"
+
+
+def test_the_readme_names_every_member() -> None:
+    table = (DOCS.parent / "README.md").read_text(encoding="utf-8").partition("## What exists today")[2]
+    for row, names in {
+        "matrices": precond.matrices.names(), "representations": precond.representations.names(), "solvers": precond.solvers.names(),
+        "recipes": precond.recipes(),
+    }.items():  # fmt: skip
+        line = next(line for line in table.splitlines() if line.startswith(f"| {row} "))
+        assert set(re.findall(r"`(\w+)`", line)) - {"auto"} == set(names), row
