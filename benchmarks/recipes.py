@@ -9,7 +9,7 @@ Run `python benchmarks/recipes.py` (--help for the options; it needs scikit-lear
 * SGD: the best of 18 runs, nine learning rates (1e-3 to 10) by momentum 0 and 0.9;
 * a run that takes longer than the limit is stopped, and its problem is left out for that recipe: full matrices are not for it.
 
-`ms` is the mean time of a step of the best run on the largest problem that the recipe finished, on a machine that does other things as well.
+With --json, finished searches are kept in that file and not run again: what was interrupted goes on from there.
 """
 
 from __future__ import annotations
@@ -79,10 +79,9 @@ PROBLEMS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: the loss at the end (infinite where it diverged), the mean time of a step; stopped by the limit after `steps`."""
+    """One run: the loss at the end (infinite where it diverged); stopped by the limit after `steps`."""
 
     loss: float
-    seconds: float
     steps: int
     error: str | None = None
 
@@ -95,8 +94,6 @@ class Best:
     problem: str
     loss: float
     lr: float
-    seconds: float
-    parameters: int
     stopped: int | None = None
     error: str | None = None
 
@@ -117,13 +114,12 @@ def run(problem: Problem, data: tuple[Tensor, Tensor], build: Callable[[nn.Modul
                 criterion(model(inputs[rows]), targets[rows]).backward()
                 optimizer.step()
                 if time.perf_counter() - start > limit and step + 1 < steps:
-                    return Outcome(math.inf, (time.perf_counter() - start) / (step + 1), step + 1)
+                    return Outcome(math.inf, step + 1)
     except (precond.PrecondError, RuntimeError) as error:
-        return Outcome(math.inf, 0.0, 0, f"{type(error).__name__}: {error}")
-    seconds = (time.perf_counter() - start) / steps
+        return Outcome(math.inf, 0, f"{type(error).__name__}: {error}")
     with torch.no_grad():
         loss = float(problem.criterion()(model(inputs), targets))
-    return Outcome(loss if math.isfinite(loss) else math.inf, seconds, steps)
+    return Outcome(loss if math.isfinite(loss) else math.inf, steps)
 
 
 def best(name: str, problem: str, steps: int, limit: float) -> Best:
@@ -134,13 +130,12 @@ def best(name: str, problem: str, steps: int, limit: float) -> Best:
     for build, lr in _sgd() if name == "sgd" else _recipe(name):
         outcome = run(PROBLEMS[problem], _data(), build, steps, limit)
         found.append((outcome.loss, lr, outcome))
-        if outcome.steps < steps:
+        if outcome.steps < steps and not (outcome.error and outcome.error.startswith("RefreshFailure")):  # another rate may be stable
             break
-    loss, lr, outcome = min(found, key=lambda entry: entry[:2])
+    loss, lr, _ = min(found, key=lambda entry: entry[:2])
     last = found[-1][2]
     stopped = last.steps if 0 < last.steps < steps else None
-    parameters = sum(p.numel() for p in PROBLEMS[problem].make().parameters())
-    return Best(name, problem, loss if stopped is None else math.inf, lr, outcome.seconds, parameters, stopped, last.error)
+    return Best(name, problem, loss if stopped is None else math.inf, lr, stopped, last.error)
 
 
 def _data() -> tuple[Tensor, Tensor]:
@@ -174,16 +169,14 @@ def _recipe(name: str) -> list[tuple[Callable[[nn.Module, nn.Module], Any], floa
 def table(rows: list[Best]) -> str:
     """A row for each method: loss by problem, in bold where below SGD's; the learning rate behind it."""
     by = {(r.method, r.problem): r for r in rows}
-    lines = [f"| recipe | {' | '.join(PROBLEMS)} | ms |", f"|---|{'---|' * len(PROBLEMS)}---|"]
+    lines = [f"| recipe | {' | '.join(PROBLEMS)} |", f"|---|{'---|' * len(PROBLEMS)}"]
     names = ["sgd", *sorted({r.method for r in rows} - {"sgd"})]
     for name in names:
-        cells, ms = [], "-"
+        cells = []
         for problem in PROBLEMS:
             row, base = by.get((name, problem)), by.get(("sgd", problem))
             cells.append(_cell(row, base.loss if base and name != "sgd" else None))
-            if row is not None and math.isfinite(row.loss):
-                ms = f"{1e3 * row.seconds:.1f}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {ms} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -193,7 +186,7 @@ def _cell(row: Best | None, base: float | None) -> str:
     if row.stopped is not None:
         return f"stopped after {row.stopped} steps"
     if row.error is not None and not math.isfinite(row.loss):
-        return "refused" if "Error" not in row.error.split(":")[0] else "failed"
+        return "refused" if row.error.startswith(("ObservationError", "InvalidCombination")) else "failed"
     if not math.isfinite(row.loss):
         return "diverged"
     text = f"{row.loss:.4f} ({row.lr:.2g})"
@@ -218,23 +211,25 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--limit", type=float, default=30.0, help="seconds a run may take")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at once; times are then those of a busy machine")
-    parser.add_argument("--json", type=Path, help="write the outcomes here as well")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--json", type=Path, help="keep the outcomes here, and go on from them")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "recipes.md")
     options = parser.parse_args()
     from rich.progress import track
 
-    rows: list[Best] = []
-    tasks = [(name, problem) for problem in options.problems for name in ["sgd", *options.recipes]]
+    rows = [Best(**row) for row in json.loads(options.json.read_text())] if options.json and options.json.exists() else []
+    finished = {(row.method, row.problem) for row in rows}
+    tasks = [(name, problem) for problem in options.problems for name in ["sgd", *options.recipes] if (name, problem) not in finished]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         pending = [pool.submit(best, *task, options.steps, options.limit) for task in tasks]
         try:
-            rows += [future.result() for future in track(as_completed(pending), description="training", total=len(pending))]
+            for future in track(as_completed(pending), description="training", total=len(pending)):
+                rows.append(future.result())
+                if options.json:
+                    options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            print(f"interrupted: the table has the {len(rows)} of {len(tasks)} searches that were finished", file=sys.stderr)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+            print(f"interrupted: the table has the {len(rows)} of {len(tasks) + len(finished)} searches that were finished", file=sys.stderr)
     made = table(rows)
     head = f"{options.steps} steps, batches of {BATCH}, float32; {platform.machine()} CPU, {options.jobs} processes of 1 thread, torch {torch.__version__}"
     print(head, made, sep="\n\n")

@@ -61,7 +61,7 @@ def learn(Q: dict[str, Any], v: Tensor, h: Tensor, rate: Rate, count: int, *, in
         size = size.view(-1, *[1] * (F.dim() - 1))
         if diagonal:
             change = gradient * F
-        elif not inverse_free and _FEW * A[:, 0].numel() <= F.shape[-1] ** 2:
+        elif not inverse_free and _few(A, F):
             change = _triangle_times(A, B, m, F)
         else:
             change = gradient @ F
@@ -90,6 +90,11 @@ def _inverse_transposed(Q: Sequence[Tensor | None], X: Tensor) -> Tensor:
 def _unfolded(X: Tensor, mode: int) -> Tensor:
     """X_(mode), (b, n_m, columns), the columns of all pairs."""
     return X.movedim((1, mode + 2), (0, 1)).flatten(2)
+
+
+def _few(X: Tensor, F: Tensor) -> bool:
+    """Whether columns one by one cost less than a product of matrices. Their sums on a GPU, by `cumsum`, are refused in torch's deterministic mode."""
+    return _FEW * X[:, 0].numel() <= F.shape[-1] ** 2 and not (F.is_cuda and torch.are_deterministic_algorithms_enabled())
 
 
 def _triangle_times(A: Tensor, B: Tensor, mode: int, F: Tensor) -> Tensor:
