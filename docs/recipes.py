@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "src"))  # a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # a checkout that is not installed
 
 import precond
 
@@ -31,4 +30,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    (HERE / "recipes.md").write_text(page(), encoding="utf-8")
+    Path(__file__).with_suffix(".md").write_text(page(), encoding="utf-8")

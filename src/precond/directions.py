@@ -17,7 +17,6 @@ from precond.observe import Tensors
 from precond.options import OnNonfinite
 from precond.transforms import Scene, Transform
 
-
 Transforms = Sequence[tuple[Transform, dict[str, Any]]]
 """Each with its state."""
 
