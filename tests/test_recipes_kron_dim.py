@@ -159,6 +159,14 @@ def test_a_parameter_without_a_gradient_has_a_momentum_of_zeros() -> None:
     assert_close(model.held[1].grad, one[1], **EXACT)
 
 
+def test_a_list_of_parameters_is_a_model_too() -> None:
+    model, gradient = nn.ParameterList([nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))]), normal(3, 2)
+    preconditioner = precond.recipe("muon", seed=0).attach(model)
+    model[0].grad = gradient.clone()
+    preconditioner.step()
+    assert torch.equal(model[0].grad, directions("muon", [gradient])[0])
+
+
 def test_a_vector_is_read_as_a_column() -> None:
     g = normal(6)
     (step,) = directions("muon", [g], solver=EIGEN, damping=0.0, transforms=[])

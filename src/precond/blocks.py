@@ -289,7 +289,7 @@ def _layers(model: nn.Module, tensors: Mapping[str, nn.Parameter]) -> dict[str, 
     layers: dict[str, Layer] = {}
     claimed: set[int] = set()
     for raw, module in model.named_modules():
-        if id(module) in claimed or isinstance(module, _CONTAINERS):
+        if id(module) in claimed or (isinstance(module, _CONTAINERS) and module is not model):
             continue
         if _claims_subtree(module):
             claimed.update(id(inner) for inner in module.modules())

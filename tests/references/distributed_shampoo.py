@@ -1,5 +1,6 @@
-"""Distributed Shampoo (Anil et al. 2020; Shi et al. 2023), tile by tile: dimensions of 1 dropped, neighbours merged from the last one backwards while
-their product is at most `cap`, longer dimensions cut into as few pieces as there can be, as equal as they can be (released: pieces of `cap` and a rest).
+"""Distributed Shampoo (Anil et al. 2020; Shi et al. 2023), tile by tile: a tensor is read as (out, rest), or, as released, without dimensions of 1 and with
+neighbours merged from the last one backwards while their product is at most `cap`; longer dimensions are cut into as few pieces as there can be, as
+equal as they can be (released: pieces of `cap` and a rest).
 
 A tile of order k keeps F_m, an average divided by 1 - beta2^t, or the plain sum. M is the bias-corrected average of the gradient, with Nesterov that
 with beta3 = beta1^2. From step `start` on d = (F_1^(-1/2k) (x) ... (x) F_k^(-1/2k)) M with eps I added to each factor and the roots of every
@@ -23,15 +24,18 @@ from references.common import Batch, Drawn, Network, descend
 
 _EPS = 1e-4  # stale roots of a null space multiply rounding by eps^(-1/2)
 _CALM: dict[str, Any] = {"damping": damping.Floor(_EPS, policy="shift", factors=True)}
+_MERGED = {"merge_dims": "last", "squeeze": True}
 _EARLY = _CALM | {"start_step": 2, "solver_interval": 2}
 _early: dict[str, Any] = {"eps": _EPS, "start": 2, "interval": 2}
 _ADAM = transforms.Graft("adam")
 NETS = ("square",)
-ONLY = {name: ("mlp", "conv") for name in ("tiles", "released_roots", "sum", "nesterov", "no_graft")}
+ONLY = {name: ("mlp", "conv") for name in ("tiles", "released_roots", "sum", "nesterov", "no_graft", "merged")} | {"order_4": ("conv",)}
 VARIANTS = {
     "default": ({}, {}),
     "tiles": (_EARLY | {"repr": {"max_dim": 8}}, _early | {"cap": 8}),
-    "no_merging": (_EARLY | {"repr": {"merge_dims": "none"}}, _early | {"cap": 1024, "merge": False}),
+    "merged": (_EARLY | {"repr": _MERGED | {"max_dim": 8}}, _early | {"cap": 8, "merge": "last"}),
+    "merged_whole": (_EARLY | {"repr": _MERGED}, _early | {"merge": "last"}),
+    "order_4": (_EARLY | {"repr": {"merge_dims": "none"}}, _early | {"merge": "none"}),
     "released_roots": (_CALM | {"start_step": 2, "solver_interval": lambda step: (step + 1) % 3 == 0}, _early | {"interval": 3, "offset": 1}),
     "sum": (_EARLY | {"history": {"name": "Sum"}, "repr": {"max_dim": 8}}, _early | {"beta2": 1.0, "cap": 8}),
     "nesterov": (_EARLY | {"transforms": [transforms.Momentum(0.9, nesterov=True), _ADAM]}, _early | {"beta3": 0.81}),
@@ -40,17 +44,18 @@ VARIANTS = {
 }
 STEPS = 14
 TOLERANCE = 1e-10
-CONTROLS = ({"eps": 1e-5}, {"start": 9}, {"merge": False}, {"beta1": 0.8}, {"graft": None}, {"interval": 3})
+CONTROLS = ({"eps": 1e-5}, {"start": 9}, {"merge": "last"}, {"beta1": 0.8}, {"graft": None}, {"interval": 3})
 
 
-def _shape(shape: tuple[int, ...], cap: int, merge: bool) -> list[int]:
+def _shape(shape: tuple[int, ...], cap: int, merge: str) -> list[int]:
+    if merge != "last":
+        return [shape[0], math.prod(shape[1:])] if merge == "rest" and len(shape) > 1 else list(shape)
     sizes = [n for n in shape if n != 1] or [1]
-    while merge:
+    while True:
         last = next((m for m in range(len(sizes) - 1, 0, -1) if sizes[m - 1] * sizes[m] <= cap), None)
         if last is None:
-            break
+            return sizes
         sizes[last - 1 : last + 1] = [sizes[last - 1] * sizes[last]]
-    return sizes
 
 
 def _places(shape: list[int], cap: int) -> list[Tensor]:
@@ -98,7 +103,7 @@ class _Tile:
 
 def train(
     network: Network, batches: list[Batch], drawn: Drawn, *, eps: float = 1e-12, start: int = 10, interval: int = 10, offset: int = 0,
-    cap: int = 1024, merge: bool = True, beta1: float = 0.9, beta2: float = 0.999, beta3: float | None = None, graft: str | None = "adam",
+    cap: int = 1024, merge: str = "rest", beta1: float = 0.9, beta2: float = 0.999, beta3: float | None = None, graft: str | None = "adam",
     lr: float = 1e-2,
 ) -> Tensor:  # fmt: skip
     """offset: roots are made at steps t with t + offset a multiple of the interval, counted from 0."""

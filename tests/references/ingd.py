@@ -28,7 +28,7 @@ VARIANTS = {
 ONLY = {"damping": ("mlp",), "normalised": ("mlp",)}
 STEPS = 8
 TOLERANCE = 1e-10
-CONTROLS = ({"interval": 2}, {"damping": 2e-3}, {"momentum": 0.4}, {"step": 0.09}, {"method": "ikfac"}, {"group": "diagonal"}, {"early": True})
+CONTROLS = ({"interval": 2}, {"damping": 2e-4}, {"momentum": 0.4}, {"step": 0.09}, {"method": "ikfac"}, {"group": "diagonal"}, {"early": True})
 
 
 def _moved(own: dict[str, Tensor], A: Tensor, B: Tensor, damping: float, step: float, momentum: float, group: str, block: int, normalise: bool) -> None:
@@ -48,7 +48,7 @@ def _moved(own: dict[str, Tensor], A: Tensor, B: Tensor, damping: float, step: f
 
 
 def train(
-    network: Network, batches: list[Batch], drawn: Drawn, *, method: str = "ingd", group: str = "dense", block: int = 30, damping: float = 1e-3,
+    network: Network, batches: list[Batch], drawn: Drawn, *, method: str = "ingd", group: str = "dense", block: int = 30, damping: float = 1e-4,
     step: float = 0.1, momentum: float = 0.5, normalise: bool = False, interval: int = 1, early: bool = False, reduce: bool = False,
     sampled: bool = False, lr: float = 1e-3,
 ) -> Tensor:  # fmt: skip

@@ -19,7 +19,7 @@ VARIANTS: dict[str, Any] = {
 ONLY = {"blocks_of_2": ("mlp",), "upper": ("mlp",), "sampled_reduced": ("conv",)}
 STEPS = 8
 TOLERANCE = 1e-10
-CONTROLS = ({"block": 4}, {"group": "lower"}, {"damping": 2e-3}, {"reduce": True, "interval": 2})
+CONTROLS = ({"block": 4}, {"group": "lower"}, {"damping": 2e-4}, {"reduce": True, "interval": 2})
 
 
 def train(*arguments: Any, **options: Any) -> Any:

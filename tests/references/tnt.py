@@ -1,7 +1,7 @@
 """TNT (Ren & Goldfarb 2021): for every tensor a dense product of the inverses of its damped, balanced mode covariances.
 
 F_m is an average (the first is copied, then 0.9 F_m + 0.1 the new) of N contract_m(g~), g~ the mean gradient at drawn labels; a convolution's weight
-is (out, in, kernel). With t = tr F_1, P the number of entries and c = (t / P)^(1/k): U_m = F_m / (c^(k-1) P / n_m), all of mean trace c;
+is (out, rest). With t = tr F_1, P the number of entries and c = (t / P)^(1/k): U_m = F_m / (c^(k-1) P / n_m), all of mean trace c;
 D = M x_1 (U_1 + eps I)^-1 ... x_k (U_k + eps I)^-1, inverses of every T-th step, M <- 0.9 M + G; SGD without momentum.
 """
 
@@ -25,17 +25,17 @@ VARIANTS = {
     "interval_2": ({"solver_interval": 2, "damping": {"value": 0.3}}, {"interval": 2, "eps": 0.3}),
     "examples": (_EACH, {"per": "example"}),
     "labels": ({"matrix": "empirical_fisher"}, {"per": "label"}),
-    "rest": ({"repr": {"merge_dims": "rest"}}, {"kept": 1}),
+    "kernel": ({"repr": {"merge_dims": "kernel"}}, {"kept": 2}),
     "warm_start": (
         {"start_step": 3, "before_start": "nothing", "solver_interval": 3, "history": {"name": "Ema", "beta": 0.9, "schedule": "martens"}},
         {"start": 3, "interval": 3},
     ),
-    "unbalanced": ({"damping": damping.PerFactor(0.1)}, {"balanced": False}),
+    "unbalanced": ({"damping": damping.PerFactor(0.03)}, {"balanced": False}),
 }
-ONLY = {"rest": ("conv",), "labels": ("mlp",)}
+ONLY = {"kernel": ("conv",), "labels": ("mlp",)}
 STEPS = 8
 TOLERANCE = 1e-10
-CONTROLS = ({"interval": 2}, {"eps": 0.12}, {"per": "label"}, {"balanced": False}, {"copy": False}, {"terms": False})
+CONTROLS = ({"interval": 2}, {"eps": 0.04}, {"per": "label"}, {"balanced": False}, {"copy": False}, {"terms": False})
 
 
 def _contractions(G: Tensor) -> list[Tensor]:
@@ -51,8 +51,8 @@ def _inverse(factors: list[Tensor], eps: float, balanced: bool) -> Tensor:
 
 
 def train(
-    network: Network, batches: list[Batch], drawn: Drawn, *, eps: float = 0.1, interval: int = 5, per: str = "batch", kept: int = 2,
-    start: int = 0, balanced: bool = True, copy: bool = True, terms: bool = True, lr: float = 3e-3,
+    network: Network, batches: list[Batch], drawn: Drawn, *, eps: float = 0.03, interval: int = 5, per: str = "batch", kept: int = 1,
+    start: int = 0, balanced: bool = True, copy: bool = True, terms: bool = True, lr: float = 2e-3,
 ) -> Tensor:  # fmt: skip
     """per: "batch" or "example" with drawn labels, "label": examples with their own. copy: False starts the average from zero, which is wrong."""
     factors: dict[str, list[Tensor]] = {}
