@@ -29,11 +29,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # a checkout that is not installed
 
-from precond.blocks import Block, Partition
+from precond.blocks import Block
 from precond.compare.memory import peak_bytes
 from precond.layers.conv import lines, patch_second_moment
 from precond.layers.lag_cost import by_lags, by_patches
 from precond.observe import LayerColumns, Part
+from precond.partition import Partition
 from precond.representations.inputs import few_examples, input_rows, input_sums
 
 SHAPES = [  # examples, channels, pixels, kernel, groups

@@ -28,10 +28,11 @@ from dense_cells import ALL
 from nets import normal
 from pairs import LEFT, PAIRS, SAMPLED, TRAJECTORY, exactly, grid
 from precond import matrices, representations
-from precond.blocks import Partition
 from precond.matrices import BatchedFisherMC, FisherMC
-from precond.plan import Triple, make_plan
+from precond.partition import Partition
+from precond.planning import make_plan
 from precond.representations import KronDim, KronIO
+from precond.triple import Triple
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 

@@ -137,7 +137,7 @@ def test_foof_is_a_solve_with_the_inputs_alone(matrix: str) -> None:
         torch.linalg.solve(A + 0.3 * torch.eye(5).double(), G.T).T.flatten(),
     )
     close(curve(mlp, "input_second_moment", foof).to_dense(), curve(mlp, "input_second_moment", "kron_io").to_dense())
-    assert "B" not in foof.over("columns").statistics(precond.blocks.Partition(mlp.make()).blocks(["0"], "matrix")[0])
+    assert "B" not in foof.over("columns").statistics(precond.partition.Partition(mlp.make()).blocks(["0"], "matrix")[0])
 
 
 # --- SKFAC

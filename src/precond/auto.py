@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from precond import cells
-from precond.blocks import Partition
 from precond.damping import Amount, Damping
 from precond.errors import InvalidCombination
 from precond.matrices import Matrix
+from precond.partition import Partition
 from precond.representations import REGISTRY as REPRESENTATIONS
 from precond.representations import Representation
 from precond.solvers import Elementwise, Solver
 
 if TYPE_CHECKING:  # the plan imports this module
-    from precond.plan import Triple
+    from precond.triple import Triple
 
 CANDIDATES = ("layer", "kron_eigen", "kron_io", "kron_dim", "unit", "diagonal")
 

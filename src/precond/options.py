@@ -12,7 +12,7 @@ from precond.errors import InvalidCombination
 from precond.history import History, Local
 from precond.layers import ROW_LAYOUTS
 from precond.observe import SHARED, Kind
-from precond.plan import Overrides
+from precond.planning import Overrides
 from precond.representations import Representation
 from precond.schedule import Schedule
 from precond.solvers import Solver

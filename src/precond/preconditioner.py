@@ -23,13 +23,14 @@ from precond.observe import LossReader
 from precond.operators import Operator
 from precond.optimizer_hooks import OptimizerHooks
 from precond.options import BeforeStart, Interval, LossWeights, OnNonfinite, make_options
-from precond.plan import Overrides, Triple
+from precond.planning import Overrides
 from precond.progress import Progress
 from precond.representations import Representation
 from precond.search import Update
 from precond.session import Session
 from precond.solvers import Solver
 from precond.transforms import Transform
+from precond.triple import Triple
 
 Criterion = nn.Module | Likelihood | LossReader | str
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from precond import numerics, trust
-from precond.blocks import Block, Partition
+from precond.assembly import Assembly
+from precond.blocks import Block
 from precond.blockstate import BlockState
 from precond.damping import Damping
 from precond.directions import Vectors, directions, finite_only, gathered
@@ -18,11 +19,14 @@ from precond.errors import UsageError
 from precond.likelihoods import Likelihood
 from precond.observe import LossReader, Observer, SelfCheck, Tensors
 from precond.options import Options, check_history
-from precond.plan import Plan, Triple, make_plan
+from precond.partition import Partition
+from precond.plan import Plan
+from precond.planning import make_plan
 from precond.progress import Progress
+from precond.reduction import Observations
 from precond.transforms import Transform
+from precond.triple import Triple
 from precond.trust import Origin, Outcome
-from precond.update import Assembly, Observations
 
 T = TypeVar("T")
 _FAILURE_LIMIT = 3
@@ -202,7 +206,7 @@ class Session:
     def _merge(self, assembly: Assembly, observations: Observations, blocks: Sequence[BlockState], stages: str) -> None:
         """Measure and merge stage by stage, then refresh what was measured."""
         for stage in dict.fromkeys(s for b in blocks for s in getattr(b.plan.repr, stages)):
-            for name, flag in assembly.merge(blocks, observations, stage).items():
+            for name, flag in assembly.reduction.merge(blocks, observations, stage).items():
                 self.progress.diagnostics.count("observations_dropped", ~flag, name)
         if self.options.solver.due(self.progress.step) or any(b.state is None for b in blocks):
             self._refresh(blocks)

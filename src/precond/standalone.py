@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from precond import likelihoods
+from precond.assembly import Assembly
 from precond.auto import Auto
-from precond.blocks import Block, Partition
+from precond.blocks import Block
 from precond.blockstate import BlockState
 from precond.distributed import Group, unwrap
 from precond.errors import NeedsTrajectory, ObservationError, UsageError
@@ -20,10 +21,12 @@ from precond.likelihoods import Likelihood
 from precond.matrices import Matrix
 from precond.observe import Observer, Pair, Tensors, differentiate_batch
 from precond.operators import BlockDiagonal
-from precond.plan import Plan, Triple, make_plan
+from precond.partition import Partition
+from precond.plan import Plan
+from precond.planning import make_plan
 from precond.representations import Representation
 from precond.solvers import CG
-from precond.update import Assembly
+from precond.triple import Triple
 
 Targets = Tensor | tuple[Any, ...]
 Batch = tuple[Any, Targets]
@@ -116,7 +119,7 @@ def _build(observer: Observer, plan: Plan, gradients: Tensors, likelihood: Likel
     observations = assembly.observations(gradients, gradients)
     states = [BlockState(p, Local()) for p in plan.blocks]
     for stage in dict.fromkeys(s for b in states for s in b.plan.repr.stages):
-        assembly.merge(states, observations, stage)
+        assembly.reduction.merge(states, observations, stage)
         for b in states:
             b.statistics = b.plan.repr.rebase(b.statistics)
     return states

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from precond.assembly import Assembly
 from precond.blockstate import BlockState
 from precond.damping import BLOCK, Move
 from precond.errors import InvalidCombination
@@ -15,7 +16,6 @@ from precond.matrices import REGISTRY as MATRICES
 from precond.observe import Tensors
 from precond.operators import Operator
 from precond.plan import Plan
-from precond.update import Assembly
 
 
 @dataclass(frozen=True)
