@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 LOCK   := pyproject.toml constraints.txt
-PEERS  := backpack-for-pytorch curvlinops-for-pytorch kron-torch nngeometry pytorch_optimizer
+PEERS  := asdfghjkl backpack-for-pytorch curvlinops-for-pytorch kron-torch nngeometry pytorch_optimizer
 
 .PHONY: demo test test-full bench clean
 
