@@ -18,7 +18,7 @@ from torch.testing import assert_close
 import precond
 from nets import labels, normal
 from precond import numerics
-from training import differ, gradients, make, plain, sgd
+from training import gradients, make, plain, sgd
 
 
 def wide() -> nn.Module:
@@ -70,7 +70,7 @@ def test_factors_are_float32_products_under_autocast(name: str) -> None:
 
 def test_products_in_the_users_context_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "full_precision", lambda device: contextlib.nullcontext())
-    with pytest.raises(precond.InvalidCombination, match="Kronecker operator .* is in torch.bfloat16"):
+    with pytest.raises(precond.InvalidCombination, match=r"Kronecker operator .* is in torch\.bfloat16"):
         run()
 
 
