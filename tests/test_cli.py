@@ -1,4 +1,4 @@
-"""What the command line claims: what it lists, that a mistake is one line and exit code 2, that JSON parses."""
+"""What the command line claims: what it lists and shows of every recipe, that a mistake is one line and exit code 2, that JSON parses."""
 
 import json
 import subprocess
@@ -64,6 +64,32 @@ def test_a_recipe_is_shown_with_its_triple(capsys: pytest.CaptureFixture[str]) -
     assert main(["show", "kfac"]) == 0
     text = capsys.readouterr().out
     assert recipe.citation.split()[0] in text
+
+
+@pytest.mark.parametrize("name", precond.recipes())
+def test_every_recipe_is_shown_whole(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = precond.load_recipe(name)
+    assert main(["show", name, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    keys = ("title", "formula", "summary", "citation", "cost", "scope")
+    assert {key: shown[key] for key in keys} == {key: getattr(recipe, key) for key in keys}
+    assert (shown["axes"], shown["outer"], shown.get("options", {})) == (recipe.axes, recipe.outer, recipe.options)
+    assert main(["show", name]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    words = [" ".join(line.split()) for line in lines]
+    for key in keys:
+        assert f"{key} {' '.join(getattr(recipe, key).split())}" in words
+    for key, spec in {**recipe.axes, "outer": recipe.outer}.items():
+        (line,) = [line for line in words if line.startswith(f"{key} {spec['name']}")]
+        assert all(f"{option}=" in line for option in spec if option != "name")
+    assert all(any(f"{option} = " in line for line in words) for option in recipe.options)
+
+
+def test_the_list_of_recipes_is_a_line_each_with_its_title(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == precond.recipes()
+    assert all(len(line.split()) > 1 for line in lines)
 
 
 @pytest.mark.parametrize(

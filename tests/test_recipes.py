@@ -1,7 +1,7 @@
 """What recipes claim, end to end.
 
 * Every recipe has a reference in `tests/references`, and its steps equal the reference's, computed densely in float64 from the paper.
-* The options that make the difference (intervals, clip, warm start) do make one on these problems: a wrong one would be seen.
+* Options that make the difference (intervals, clip, warm start; of each recipe at least one) do make one on these problems: a wrong one would be seen.
 * The outer update is a stock `torch.optim` class; every argument of the preconditioner and of the optimizer can be overridden.
 * A batch of NaN moves no parameter and does not stop K-FAC, whose labels are drawn from what the model says.
 """
@@ -156,6 +156,7 @@ def _spy_on_psgd(monkeypatch: pytest.MonkeyPatch, record: Drawn) -> None:
 
 def test_every_recipe_has_a_reference() -> None:
     assert written() == precond.recipes()
+    assert all(getattr(reference(name), "CONTROLS", ()) for name in written())
 
 
 @pytest.mark.parametrize(("name", "variant", "net"), [pytest.param(*case, id="-".join(case)) for case in cases()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from precond.errors import PrecondError
@@ -77,18 +77,45 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether plain data may stand where a class expects this type."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_args(hint) and get_origin(hint) is not tuple:
-        return any(fits(value, each) for each in get_args(hint))
+    """Whether plain data may stand where a class expects this type: a list for a tuple or a sequence, a table for a mapping."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(value == each and type(value) is type(each) for each in inner)
+    if origin in (tuple, Sequence):
+        each = [inner[0]] * len(value) if isinstance(value, list) and _of_any_length(hint) else inner
+        return isinstance(value, list) and len(value) == len(each) and all(map(fits, value, each))
+    if origin is Mapping:
+        return isinstance(value, dict) and all(fits(each, inner[1]) for each in value.values())
+    if origin is Callable:
+        return False
+    if inner:
+        return any(fits(value, each) for each in inner)
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint if isinstance(hint, type) else (bool, int, float, str, list))
 
 
+def _of_any_length(hint: Any) -> bool:
+    return get_origin(hint) is Sequence or ... in get_args(hint)
+
+
+_KINDS = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), bool: ("true or false", "truth values"), str: ("text", "texts")}
+
+
 def _describe(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(hint)))
-    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return " or ".join(kinds[h] for h in (get_args(hint) or (hint,)) if h in kinds) or "of another type"
+    return _kind(hint) or "of another type"
+
+
+def _kind(hint: Any, *, many: bool = False) -> str:
+    """A type in words; nothing for those that plain data cannot have."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return ("names among " if many else "one of ") + ", ".join(map(repr, inner))
+    if origin in (tuple, Sequence):
+        count = "" if _of_any_length(hint) else f"{len(inner)} "
+        return f"{'lists' if many else 'a list'} of {count}{_kind(inner[0], many=True)}"
+    if origin is Mapping:
+        return "a table of such" if _kind(inner[1]) else ""
+    if inner and origin is not Callable:
+        return " or ".join(dict.fromkeys(filter(None, (_kind(each, many=many) for each in inner))))
+    return _KINDS[hint][many] if hint in _KINDS else ""

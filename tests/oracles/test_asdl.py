@@ -4,14 +4,15 @@
   normal has variance 1 where a mean squared error over K outputs stands for K / 2. Without biases its K-FAC is ours too, by expansion, and so
   is the empirical EK-FAC of Linear layers with no fewer examples than inputs. Its Hessian is ours, of the model, by layers and by elements.
 - So are directions: the natural gradient of the model, by units and by elements; K-FAC, and with its empirical rows SKFAC, with the damping split by pi
-  and with averages; SMW-NG of Linear layers; Newton's, with the Hessian and its absolute value; SENG's of one example; Shampoo's steps, its
+  and, but for K-FAC, with averages; SMW-NG of Linear layers; Newton's, with the Hessian and its absolute value; SENG's of one example; Shampoo's steps, its
   coupled Newton iteration run to rounding (it stops at 1e-6) and undamped, as it adds its damping to the sums themselves.
 
 What is wrong there is not matched, and shown to differ: of several draws the matrix is their number too small; K-FAC leaves biases to B alone; the
 eigenbasis is not turned back, so that EK-FAC's direction is another (its matrix is right); the BFGS update changes a copy; normalised inputs are recovered by a
 division by the scale, which may be 0; the Gram matrix of a convolution is a product of two, which is exact without shared positions only;
 SENG's released combination of several examples. CurveBall and the layer-wise direction do not run. `ema_decay` is the weight of the new value, and
-averages start at 0 without correction. Not compared: LayerNorm at several positions, which it takes for examples; PSGD, an older generation;
+averages start at 0 without correction, for K-FAC in both factors, so that their
+product is (1 - b^t)^2 of its own, where ours is 1 - b^t. Not compared: LayerNorm at several positions, which it takes for examples; PSGD, an older generation;
 K-BFGS, which stands on the BFGS update.
 """
 

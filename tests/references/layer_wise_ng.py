@@ -16,6 +16,7 @@ VARIANTS = {
 }
 STEPS = 5
 TOLERANCE = 1e-10
+CONTROLS = ({"damping": 2e-3},)
 
 
 def train(network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 1e-3, interval: int = 1) -> Tensor:

@@ -15,6 +15,7 @@ VARIANTS = {"default": ({}, {}), "damping": ({"damping": 0.5}, {"damping": 0.5})
 ONLY = {"default": ("mlp",)}
 STEPS = 6
 TOLERANCE = 1e-10
+CONTROLS = ({"damping": 2e-3},)
 
 
 def train(network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 1e-3) -> Tensor:

@@ -72,7 +72,7 @@ class NewtonSchulz(Solver):
             raise ValueError(
                 f"newton_schulz needs max_iterations >= 1, tolerance > 0 and steps >= 1, not {self.max_iterations}, {self.tolerance}, {self.steps}."
             )
-        if self.coefficients is not None and self.coefficients != "muon" and len(self.coefficients) != 3:
+        if self.coefficients not in (None, "muon") and (isinstance(self.coefficients, str) or len(self.coefficients) != 3):
             raise ValueError(f"coefficients are 'muon', three numbers or None, not {self.coefficients!r}.")
 
     def natural_damping(self, structure: type[Operator]) -> type[Damping]:
