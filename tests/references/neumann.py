@@ -28,11 +28,11 @@ VARIANTS = {
 ONLY = {"default": ("mlp",), "no_friction": ("linear",), "friction": ("mlp",), "ggn": ("mlp",)}
 STEPS = 6
 TOLERANCE = 1e-10
-CONTROLS = ({"terms": 9}, {"damping": 0.11}, {"margin": 1.11}, {"ggn": True}, {"guarded": False})
+CONTROLS = ({"terms": 9}, {"damping": 0.04}, {"margin": 1.11}, {"ggn": True}, {"guarded": False})
 
 
 def train(
-    network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 0.1, terms: int = 10, margin: float = 1.1, mu: float | None = None,
+    network: Network, batches: list[Batch], drawn: Drawn, *, damping: float = 0.03, terms: int = 10, margin: float = 1.1, mu: float | None = None,
     eta: float | None = None, ggn: bool = False, guarded: bool = True,
 ) -> Tensor:  # fmt: skip
     """mu, eta: the paper's; None: those of the damping and of the step size that is found."""
