@@ -24,7 +24,7 @@ VARIANTS = {
 ONLY = {name: ("mlp",) for name in ("released", "mean", "gram", "by_layer", "curvature_every_2")}
 STEPS = 7
 TOLERANCE = 1e-10
-CONTROLS = ({"m": 3}, {"mean": True}, {"damping": 2e-3}, {"layers": True})
+CONTROLS = ({"m": 3}, {"mean": True}, {"damping": 2e-2}, {"layers": True})
 
 
 def _inverse(window: list[Tensor], damping: float, m: int) -> Tensor:
@@ -35,7 +35,7 @@ def _inverse(window: list[Tensor], damping: float, m: int) -> Tensor:
 
 
 def train(
-    network: Network, batches: list[Batch], drawn: Drawn, *, m: int = 128, damping: float = 1e-3, mean: bool = False, layers: bool = False,
+    network: Network, batches: list[Batch], drawn: Drawn, *, m: int = 128, damping: float = 1e-2, mean: bool = False, layers: bool = False,
     observe: int = 1,
 ) -> Tensor:  # fmt: skip
     window: list[Tensor] = []

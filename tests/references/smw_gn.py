@@ -17,11 +17,11 @@ VARIANTS = {
 ONLY = {"fixed": ("mlp",), "plain_ratio": ("linear",), "bold": ("mlp",)}
 STEPS = 6
 TOLERANCE = 1e-10
-CONTROLS = ({"factor": 1.0}, {"damping": 0.11}, {"matrix": "empirical_fisher"})
+CONTROLS = ({"factor": 1.0}, {"damping": 0.011}, {"matrix": "empirical_fisher"})
 
 
 def train(
-    network: Network, batches: list[Batch], drawn: Drawn, *, matrix: str = "ggn", damping: float = 0.1, factor: float = 1 / 1.01,
+    network: Network, batches: list[Batch], drawn: Drawn, *, matrix: str = "ggn", damping: float = 0.01, factor: float = 1 / 1.01,
     include: bool = True,
 ) -> Tensor:  # fmt: skip
     return smw_ng.train(network, batches, drawn, matrix=matrix, damping=damping, factor=factor, include=include)
