@@ -38,7 +38,7 @@ SAID: list[tuple[Any, str]] = [
     (UnitLowRank(rank=2), "cut to rank 2"),
     (FullLowRank(rank=3, method="sketch"), "sketch of 13 directions, cut to rank 3"),
     (FullLowRank(rank=3, method="lanczos"), "eigenpairs from at most 26 products, cut to rank 3"),
-    (LayerLowRank(sketch=7), "Gram matrix estimated from 7 coordinates"),
+    (LayerLowRank(sketch=7), "Gram matrix estimated from at most 7 coordinates"),
     (LayerSparse(), "precision on the pattern 'bias'"),
     (FullSparse(form="masked", pattern="band", width=2), "masked on the pattern 'band' of width 2"),
     (Unit(block="kernel"), "24 kernels of 4"),

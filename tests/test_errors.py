@@ -211,3 +211,15 @@ def test_a_projection_of_the_output_has_no_replay() -> None:
     make(repr="matrix_free", solver="cg").attach(model, criterion)
     x, y = batches(1)[0]
     refused(lambda: criterion(2 * model(x), y), ObservationError, "not a rearrangement of the model's output", "need no replay")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: precond.representations.KronDim(modes=1), r"KronDim\(modes=1\): give numbers of dimensions, such as \(0,\)"),  # type: ignore[arg-type]
+        (lambda: precond.damping.PerFactor(1.0, only=1), r"PerFactor\(only=1\): it is a list of the numbers of factors"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_bare_number_where_several_belong_is_told(make: Callable[[], object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()

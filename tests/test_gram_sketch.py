@@ -182,4 +182,4 @@ def test_a_gradient_a_step_is_sketched_as_explicit_layers_are() -> None:
             LayerGram(**options)
     model = sequence()
     notes = make("empirical_fisher", LayerGram(sketch=3, positions=2), "smw").attach(model, CE, sgd(model)).describe().rows
-    assert notes[0].note == "at most 2 positions of an example, Gram matrix estimated from 3 inputs and outputs"
+    assert notes[0].note == "at most 2 positions of an example, Gram matrix estimated from at most 3 inputs and outputs"

@@ -63,7 +63,7 @@ class Dimensions:
         if isinstance(self.modes, str):
             if self.modes not in ("all", "shortest"):
                 raise ValueError(f"{owner}(modes={self.modes!r}): give numbers of dimensions, such as (0,), or 'all' or 'shortest'.")
-        elif not self.modes or not all(isinstance(m, int) and not isinstance(m, bool) for m in self.modes):
+        elif not isinstance(self.modes, tuple) or not self.modes or not all(isinstance(m, int) and not isinstance(m, bool) for m in self.modes):
             raise ValueError(f"{owner}(modes={self.modes!r}): give numbers of dimensions, such as (0,), or 'all' or 'shortest'.")
 
     def tiling(self, shape: Sequence[int]) -> Tiling:

@@ -54,7 +54,7 @@ class LayerGram(FlatGram):
 
     def remark(self, shape: tuple[int, ...]) -> str | None:
         said = [] if self.positions is None or len(shape) < 2 else [f"at most {self.positions} positions of an example"]
-        said += [] if self.sketch is None else [f"Gram matrix estimated from {self.sketch} inputs and outputs"]
+        said += [] if self.sketch is None else [f"Gram matrix estimated from at most {self.sketch} inputs and outputs"]
         return ", ".join(said) or None
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:

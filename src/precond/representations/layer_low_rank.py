@@ -55,7 +55,7 @@ class LayerLowRank(Rows):
         return Stat("rows", gram=self.sketch is None, truncation=self.truncation)
 
     def remark(self, shape: tuple[int, ...]) -> str | None:
-        return super().remark(shape) if self.sketch is None else f"Gram matrix estimated from {self.sketch} coordinates"
+        return super().remark(shape) if self.sketch is None else f"Gram matrix estimated from at most {self.sketch} coordinates"
 
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         drawn = {} if self.sketch is None else dict.fromkeys(("coordinates", "draws"), Stat("state"))
