@@ -169,8 +169,10 @@ def _recipe(name: str) -> list[tuple[Callable[[nn.Module, nn.Module], Any], floa
 
 
 def _save(path: Path, rows: list[Best]) -> None:
-    """JSON has no infinity: a run without a loss has null."""
-    path.write_text(json.dumps([asdict(r) | {"loss": r.loss if math.isfinite(r.loss) else None} for r in rows], indent=1) + "\n")
+    """JSON has no infinity: a run without a loss has null. An interruption leaves the file as it was."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps([asdict(r) | {"loss": r.loss if math.isfinite(r.loss) else None} for r in rows], indent=1) + "\n")
+    part.replace(path)
 
 
 def _load(path: Path) -> list[Best]:

@@ -160,7 +160,7 @@ def test_columns_are_solved_side_by_side_and_each_stops_on_its_own() -> None:
 
     B = torch.stack([eye(6)[0], eye(6)[0] + eye(6)[3], torch.ones(6).double(), torch.zeros(6).double()], 1)
     solver = CG(tolerance=1e-12)
-    X = _Solve(solver, Watched(d), None, B, None).run()[0]
+    X = _Solve(solver, Watched(d), None, B, None, torch.ones(4).double()).run()[0]
     assert_close(X, B / d.unsqueeze(1), **EXACT)
     assert seen == [3, 2, 1, 1]  # after 1, 2 and 4 iterations, as many as they have eigenvalues; zero needs none
 
@@ -174,3 +174,29 @@ def test_options_are_checked_when_made() -> None:
             CG(**options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="exponent"):
         Jacobi(exponent=0.0)
+
+
+@pytest.mark.parametrize("preconditioner", [None, "jacobi"])
+@pytest.mark.parametrize("size", [1e-30, 1e-21, 1e21, 1e30])
+def test_it_is_linear_where_squares_leave_the_range_of_float32(size: float, preconditioner: Any) -> None:
+    A, b = conditioned(6).float(), draw(6).float()
+    solver = CG(tolerance=1e-6, preconditioner=preconditioner)
+    state = solver.init(Dense(A), Tikhonov(0.1))
+    one, _ = solver.apply(state, b)
+    power = 2.0 ** round(math.log2(size))  # exact
+    assert not torch.isfinite(1 / (b * power).square().sum()) or torch.isinf((b * power).square().sum())  # control: their squares are lost
+    columns, _ = solver.apply(state, torch.stack([b, b * power], 1))
+    assert_close(columns[:, 1] / power, columns[:, 0], rtol=0, atol=0)
+    assert_close(solver.apply(state, b * power)[0] / power, one, rtol=0, atol=0)
+
+
+def test_a_start_that_is_far_too_large_is_left_out() -> None:
+    A, b = Dense(conditioned(6)), draw(6)
+    warm = CG(warm_start=1.0, tolerance=1e-12)
+    want = torch.linalg.solve(A.to_dense() + 0.1 * eye(6), b)
+    spiked = warm.apply(warm.init(A, Tikhonov(0.1)), 1e30 * b)[1]
+    assert (0.1 * spiked["x"] + A @ spiked["x"]).norm() > 1e29  # control: it is kept, and what rounding leaves of it is larger than the answer
+    x, state = warm.apply(spiked, b)
+    assert_close(x, want, **EXACT)
+    assert warm.apply(state, b + 1e-3 * b.flip(0))[1]["iterations"] <= state["iterations"]  # one of the right size is taken
+    assert not torch.equal(CG(warm_start=1.0, max_iterations=1).apply(state, 2 * b)[0], CG(max_iterations=1).apply(state, 2 * b)[0])

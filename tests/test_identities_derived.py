@@ -198,6 +198,14 @@ def test_steps_are_those_of_dense_algebra() -> None:
     same(fit(make("input_second_moment", "layer")), fit_dense(lambda model, x, y: dense_derived.input_second_moment(model, None, x)))
 
 
+def test_steps_by_products_with_a_covariance_are_those_of_dense_algebra() -> None:
+    exact = precond.solvers.CG(tolerance=1e-13, max_iterations=100)
+    by_products = fit(make("gradient_covariance", "matrix_free", exact))
+    same(by_products, fit_dense(lambda model, x, y: dense_derived.gradient_covariance(model, CE, x, y)))
+    differ(by_products, fit(None))
+    differ(by_products, fit(make("empirical_fisher", "matrix_free", exact)))
+
+
 def ema(values: list[Tensor], beta: float = 0.5) -> Tensor:
     """The bias-corrected average, the last value the newest."""
     weights = [beta ** (len(values) - 1 - k) for k in range(len(values))]

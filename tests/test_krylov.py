@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -135,3 +137,15 @@ def test_options_are_checked_when_made() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Krylov(**options)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+@pytest.mark.parametrize(("scale", "size"), [(2.0**-83, 1.0), (2.0**83, 1.0), (1.0, 2.0**-90), (1.0, 2.0**90)])
+def test_it_is_exact_where_squares_leave_the_range_of_float32(scale: float, size: float, power: float) -> None:
+    A, b = conditioned(6).float(), draw(6).float()
+    solver = Krylov(power=power)
+    want, _ = solver.apply(solver.init(Dense(A), Tikhonov(0.1)), b)
+    assert float(torch.tensor(scale * size).square()) in (0.0, math.inf)  # control: the squares are lost
+    x, state = solver.apply(solver.init(Dense(scale * A), Tikhonov(0.1 * scale)), size * b)
+    assert state["iterations"] == 6
+    assert_close(x * scale**power / size, want, rtol=1e-5, atol=1e-6)  # rounding of float32: sqrt(scale) is no power of two

@@ -26,7 +26,7 @@ from layer_calls import Tensors, by_example, call, trainable, whole
 from nets import CASES, labels, normal, seeded
 from precond import blocks
 from precond.layers import GENERIC, resolve_rule
-from precond.observe import LayerColumns
+from precond.observe import LayerColumns, recorder
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 
@@ -58,6 +58,22 @@ def keyword_state(kind: type[nn.RNNBase]) -> LayerColumns:
     state = normal(1, 4, 3, seed=5)
     pair = (state, normal(1, 4, 3, seed=6)) if kind is nn.LSTM else state
     return call(seeded(lambda: kind(2, 3)), normal(3, 4, 2), batch=4, hx=pair)
+
+
+def cell(kind: type[nn.RNNCellBase], keyword: bool = False) -> LayerColumns:
+    """One step of a recurrent cell, from a state."""
+    state: Any = normal(4, 3, seed=5)
+    if kind is nn.LSTMCell:
+        state = (state, normal(4, 3, seed=6))
+    build = lambda: kind(2, 3)  # noqa: E731
+    reached = (0, 1) if kind is nn.LSTMCell else (0,)
+    if keyword:
+        return call(seeded(build), normal(4, 2), batch=4, reached=reached, hx=state)
+    return call(seeded(build), normal(4, 2), state, batch=4, reached=reached)
+
+
+def pick_state(name: str, argument: Any, i: int) -> Any:
+    return argument.narrow(0, i, 1) if isinstance(argument, Tensor) else tuple(state.narrow(0, i, 1) for state in argument)
 
 
 def pick_recurrent(dim: int) -> Callable[[str, Any, int], Any]:
@@ -103,6 +119,9 @@ LAYERS: dict[str, tuple[Callable[[], LayerColumns], Callable[[LayerColumns], Ten
     "gru": (lambda: recurrent(nn.GRU, True), by_example),
     "gru-second": (lambda: recurrent(nn.GRU, False), lambda s: by_example(s, 1)),
     "rnn": (lambda: recurrent(nn.RNN, True), by_example),
+    "lstm-cell": (lambda: cell(nn.LSTMCell), lambda s: by_example(s, pick=pick_state, dims=(0, 0))),
+    "lstm-cell-keyword": (lambda: cell(nn.LSTMCell, True), lambda s: by_example(s, pick=pick_state, dims=(0, 0))),
+    "gru-cell": (lambda: cell(nn.GRUCell), lambda s: by_example(s, pick=pick_state)),
     "mha": (lambda: attention(True), lambda s: by_example(s, pick=pick_attention(0))),
     "mha-second": (lambda: attention(False), lambda s: by_example(s, pick=pick_attention(1), dims=(1,))),
     "mha-causal": (lambda: attention(True, attn_mask=_CAUSAL), lambda s: by_example(s, pick=pick_attention(0))),
@@ -248,3 +267,76 @@ def test_the_number_of_examples_at_a_time_changes_nothing(name: str, monkeypatch
     want = curve()
     monkeypatch.setattr(blocks, "_CHUNK_ELEMENTS", 1)
     close(curve(), want)
+
+
+class Steps(nn.Module):
+    """Recurrent cells, called once a step: the first time without a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru, self.head = nn.LSTMCell(2, 2), nn.GRUCell(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, other = None, None
+        for step in x.unbind(1):
+            state = self.lstm(step, state)
+            other = self.gru(state[0], other)
+        return self.head(other)
+
+
+class Chained(nn.Module):
+    """Two outputs, the second made from the first, in a nest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.gain = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        first = x * self.scale
+        return first, [first.tanh() * self.gain, first]
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = Chained(), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, (second, again) = self.inner(x.sum(1))
+        return self.head(first * first + second + again.sin())
+
+
+@pytest.mark.parametrize("kind", [Steps, Both])
+@pytest.mark.parametrize("repr", ["full", "full_gram", "layer", "diagonal"])
+def test_outputs_that_are_made_from_one_another(repr: str, kind: type[nn.Module]) -> None:
+    model, criterion, x, y = seeded(kind), nn.CrossEntropyLoss(), normal(3, 3, 2), labels(2, 3)
+    C = precond.curvature(model, criterion, x, y, matrix="ggn", repr=repr)
+    M = dense.ggn(model, criterion, x, y)
+    keep = {"full": M, "full_gram": M, "layer": dense.project_layer(M, model), "diagonal": dense.project_diagonal(M)}
+    close(C.to_dense(), keep[repr])
+    assert (M - keep["layer"]).abs().max() > 1e-4  # control: the calls of one step are not those of another
+    assert (M - dense.ggn(model, criterion, x[:, :2], y)).abs().max() > 1e-4
+
+
+def test_outputs_that_are_not_told_apart_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: as handed out by the module, the gradient at the first output is also that of the second, and the self-check says so."""
+    monkeypatch.setattr(recorder, "apart", lambda output: output)
+    model, data = seeded(Both), (nn.CrossEntropyLoss(), normal(3, 3, 2), labels(2, 3))
+    with pytest.raises(precond.ObservationError, match=r"gradient of 'inner\.scale' is not what the calls of its layer explain"):
+        precond.curvature(model, *data, matrix="ggn", repr="layer")
+    C = precond.curvature(model, *data, matrix="ggn", repr="layer", self_check=False)
+    assert (C.to_dense() - dense.project_layer(dense.ggn(model, *data), model)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("repr", precond.representations.names())
+def test_a_parameter_without_entries_is_in_no_block(repr: str) -> None:
+    def build(empty: bool) -> nn.Module:
+        model = seeded(lambda: nn.Sequential(nn.Linear(3, 2)))
+        if empty:
+            model.register_parameter("nothing", nn.Parameter(torch.zeros(0, 3)))
+        return model
+
+    data = (nn.CrossEntropyLoss(), normal(4, 3), labels(2, 4))
+    with_it, without = (precond.curvature(build(empty), *data, matrix="ggn", repr=repr).to_dense() for empty in (True, False))
+    assert without.abs().max() > 1e-3
+    torch.testing.assert_close(with_it, without, rtol=0, atol=0)

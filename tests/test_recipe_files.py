@@ -266,7 +266,8 @@ def test_lists_are_options(tmp_path: Path, section: str, lines: tuple[str, ...])
 
 
 def test_a_table_of_lists_is_an_option(tmp_path: Path) -> None:
-    model, criterion = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2, bias=False)), nn.CrossEntropyLoss()
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2, bias=False)), nn.MSELoss()  # of full rank, which classes are not
     lines = ('name = "layer_sparse"', 'pattern = {"0" = "unit", "2" = [[], [0], [0, 1], []]}')
     path, _ = sections(
         tmp_path, "repr", *lines, matrix='[matrix]\nname = "empirical_fisher"', solver='[solver]\nname = "sparse_cholesky"',
@@ -274,7 +275,7 @@ def test_a_table_of_lists_is_an_option(tmp_path: Path) -> None:
     )  # fmt: skip
     optimizer = precond.load_recipe(path).optimizer(model.parameters())
     with precond.recipe(path).attach(model, criterion, optimizer) as preconditioner:
-        criterion(model(torch.randn(4, 3)), torch.tensor([0, 1, 1, 0])).backward()
+        criterion(model(torch.randn(6, 3)), torch.randn(6, 2)).backward()
         optimizer.step()
         inverse = preconditioner.operators["2"].to_dense().inverse()
     assert inverse[0, 1].abs() > 0 and inverse[3, :3].abs().max() < 1e-6 * inverse.abs().max()  # 1 has the parent 0, 3 none and no child
@@ -290,6 +291,30 @@ def test_what_is_not_toml(tmp_path: Path, line: int, text: str) -> None:
     said = complaint(write(tmp_path, line, text))
     assert "is not TOML" in said
     assert f"line {line}" in said or f"line {line + 1}" in said
+
+
+DEEP = ".".join(["x"] * 5000)
+DIGITS = {"decimal": "9" * 400, "more than Python reads": "9" * 5000, "hexadecimal": "0x" + "F" * 9000, "just too large": str(2**63)}
+
+
+@pytest.mark.parametrize("digits", DIGITS)
+@pytest.mark.parametrize(("line", "text"), [(7, "damping = {}"), (8, "start_step = {}"), (12, "samples = {}"), (35, "lr = {}"), (35, "betas = [0.9, {}]")])
+def test_a_whole_number_that_toml_does_not_have(tmp_path: Path, line: int, text: str, digits: str) -> None:
+    said = complaint(write(tmp_path, line, text.format(DIGITS[digits])))
+    assert "a whole number of more than 64 bits" in said and len(said) < 300
+    assert f", line {line}: {text.split()[0]!r}" in said or digits == "more than Python reads"
+    assert precond.load_recipe(write(tmp_path, 8, f"start_step = {2**63 - 1}")).options["start_step"] == 2**63 - 1
+
+
+@pytest.mark.parametrize("text", ["start_step = " + "[" * 5000 + "]" * 5000, f"{DEEP} = 1", f"{DEEP} = {2**63}"], ids=["lists", "keys", "number"])
+def test_what_lies_too_deep(tmp_path: Path, text: str) -> None:
+    assert "too deep" in complaint(write(tmp_path, 8, text))
+
+
+def test_no_number_is_no_learning_rate(tmp_path: Path) -> None:
+    said = complaint(write(tmp_path, 35, "lr = nan"))
+    assert ", line 35: " in said and "'lr' of 'RMSprop' is a number, not nan" in said
+    assert precond.load_recipe(write(tmp_path, 35, "lr = inf")).outer["lr"] == float("inf")
 
 
 @pytest.mark.parametrize("key", ["title", "citation", "matrix", "repr", "solver"])

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+import precond
 from training import EXACT, KINDS, batches, make, matrix_of, net, of, plain, same, sgd
 
 every = pytest.mark.parametrize("kind", KINDS)
@@ -108,6 +109,50 @@ def test_blocks_that_stay_keep_their_statistics() -> None:
     expected = (0.25 * C(model, *first) + 0.5 * C(model, *second))[25:, 25:] / 0.75
     assert_close(matrix_of(preconditioner, "2"), expected, **EXACT)
     assert list(preconditioner.operators) == ["2"]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("repr", ["layer", "auto"])
+def test_a_pass_on_the_callers_own_tensors_is_no_change(repr: str, trained: bool) -> None:
+    """`functional_call`, between steps and between a forward pass and its backward pass."""
+
+    def train(own: bool, change: Change | None = None) -> nn.Module:
+        model, criterion, preconditioner = net(), nn.CrossEntropyLoss(), make(repr=repr, history=0.5)
+        optimizer = sgd(model)
+        preconditioner.attach(model, criterion, optimizer)
+        for x, y in batches(3):
+            mine = {n: (2 * p.detach()).requires_grad_(trained) for n, p in model.named_parameters()}
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            if own:
+                torch.func.functional_call(model, mine, (x,))
+            loss.backward()
+            optimizer.step()
+            if own:
+                torch.func.functional_call(model, mine, (2 * x,))
+            if change is not None:
+                change(model)
+        return model
+
+    same(train(True), train(False))
+    with pytest.raises(AssertionError):  # control: a parameter that is swapped is one
+        same(train(True, swapped), train(False))
+
+
+def test_a_plan_that_fails_leaves_the_hooks() -> None:
+    model, criterion, preconditioner = net(), nn.CrossEntropyLoss(), make(repr="layer")
+    optimizer, data = sgd(model), batches(1)
+    preconditioner.attach(model, criterion, optimizer)
+    frozen(*dict(model.named_parameters()))(model)
+    with pytest.raises(precond.UsageError, match="no trainable parameters"):
+        model(data[0][0])
+    frozen()(model)
+    plain(model, criterion, optimizer, *data[0])
+    fresh = net()
+    optimizer = sgd(fresh)
+    make(repr="layer").attach(fresh, criterion, optimizer)
+    plain(fresh, criterion, optimizer, *data[0])
+    same(model, fresh)
 
 
 @every

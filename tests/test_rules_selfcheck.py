@@ -4,6 +4,7 @@
   the parameter, its block and the ways out; off with `self_check=False`, without the block with an override;
 - a tied weight, a module called twice, packed attention, LSTM, BatchNorm with a bias before it, in-place activations, accumulation, a loss
   scaled by AMP, a float32 model, and bf16 autocast are no false alarm;
+- `curvature` looks too, at its first batch; what runs the pass again needs no layer and is right;
 - it looks once: a later step costs nothing and is not checked.
 """
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dense
+import precond
 from nets import CASES, Case, normal, seeded
 from precond import ObservationError
 from precond.observe.selfcheck import SelfCheck
@@ -44,6 +47,24 @@ CELLS = pytest.mark.parametrize("cell", [("ggn", "kron_io"), ("empirical_fisher"
 def test_functional_use_of_a_weight_is_found(cell: tuple[str, str], beside: bool) -> None:
     with pytest.raises(ObservationError, match=r"gradient of 'inner\.weight' is not what.*used outside the layer's forward.*overrides="):
         fit(make(*cell), build=lambda: seeded(lambda: Functional(beside)))
+
+
+@CELLS
+@pytest.mark.parametrize("beside", [True, False], ids=["beside", "instead"])
+def test_curvature_finds_a_functional_use(cell: tuple[str, str], beside: bool) -> None:
+    model, data = seeded(lambda: Functional(beside)), (nn.CrossEntropyLoss(), *batches(1)[0])
+    before = [p.grad for p in model.parameters()]
+    with pytest.raises(ObservationError, match=r"gradient of 'inner\.weight' is not what.*used outside the layer's forward.*self_check=False"):
+        precond.curvature(model, *data, matrix=cell[0], repr=cell[1])
+    assert [p.grad for p in model.parameters()] == before
+    assert precond.curvature(model, *data, matrix=cell[0], repr=cell[1], self_check=False).to_dense().isfinite().all()
+
+
+def test_products_see_every_use_and_columns_do_not() -> None:
+    model, data = seeded(lambda: Functional(True)), (nn.CrossEntropyLoss(), *batches(1)[0])
+    M = dense.ggn(model, *data)
+    assert (precond.curvature(model, *data, matrix="ggn", repr="matrix_free").to_dense() - M).abs().max() < 1e-10
+    assert (precond.curvature(model, *data, matrix="ggn", repr="full", self_check=False).to_dense() - M).abs().max() > 1e-4
 
 
 def test_functional_use_is_passed_over_when_it_is_meant_or_the_block_is_left_out() -> None:

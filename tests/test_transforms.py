@@ -159,12 +159,10 @@ def test_what_is_not_finite_or_overflows_enters_no_state(rule: Any, bad: float) 
             return rule.before({"a": x}, state)["a"]
         return rule.after({"a": x}, {"a": torch.ones(2)}, state, scene({"a": x}))["a"]
 
-    if bad == 1e30 and isinstance(rule, Momentum):
-        bad = float("nan")  # 1e30 is a number like any other there
     clean, seen = {}, {}
     for state in (clean, seen):
         one(torch.tensor([1.0, 2.0]), state)
-    assert not bool(one(torch.tensor([1.0, bad]), seen).isfinite().all())
+    assert not bool(one(torch.tensor([1.0, bad]), seen).norm().isfinite())  # and such a block does not move
     for state in (clean, seen):
         state["out"] = one(torch.tensor([3.0, 2.0]), state)
     assert torch.equal(clean["out"], seen["out"])

@@ -17,7 +17,7 @@ from precond import damping, history, schedule, transforms
 from precond.errors import PrecondError, UnknownName
 from precond.matrices import REGISTRY as MATRICES
 from precond.options import BeforeStart
-from precond.plaindata import RecipeError, choose, fits, instance, line_of, named
+from precond.plaindata import RecipeError, check_numbers, choose, fits, instance, line_of, named
 from precond.preconditioner import Preconditioner
 from precond.registry import Registry, closest
 from precond.representations import REGISTRY as REPRESENTATIONS
@@ -119,13 +119,22 @@ def recipe(name: str | Path, **overrides: Any) -> Preconditioner:
 
 def _parse(name: str, text: str, where: str) -> Recipe:
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{where} is not TOML: {error}.") from error
-    try:
+        data = _read(text)
+        check_numbers(data)
         return _checked(name, data)
     except RecipeError as error:
         raise RecipeError(f"{where}{line_of(text, error.at)}: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where}: its lists or tables lie too deep in each other to be read.") from error
+
+
+def _read(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"it is not TOML: {error}.") from error
+    except ValueError as error:  # Python's own bound on digits, far beyond TOML's
+        raise RecipeError("it has a whole number of more than 64 bits, which TOML does not have.") from error
 
 
 def _checked(name: str, data: dict[str, Any]) -> Recipe:

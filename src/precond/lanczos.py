@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from precond.numerics import eigh
+from precond.numerics import eigh, norm
 
 Product = Callable[[Tensor], Tensor]
 
@@ -33,18 +33,18 @@ def tridiagonalise(product: Product, start: Tensor, steps: int, done: Callable[[
     Every new vector is orthogonalised twice against all before, which keeps V orthonormal to rounding at a cost of 4 k n a step.
     Ends early where the Krylov space is invariant, k <= steps, and where `done` says so of what there is.
     """
-    basis = [start / start.norm()]
+    basis = [start / norm(start)]
     diagonal: list[Tensor] = []
     off: list[Tensor] = []
     rest = scale = start.new_zeros(())
     for _ in range(min(steps, start.numel())):
         image = product(basis[-1])
-        scale = torch.maximum(scale, image.norm())
+        scale = torch.maximum(scale, norm(image))
         diagonal.append(basis[-1] @ image)
         V = torch.stack(basis, dim=1)
         for _ in range(2):
             image = image - V @ (V.T @ image)
-        rest = image.norm()
+        rest = norm(image)
         invariant = bool(rest <= 10 * torch.finfo(start.dtype).eps * scale * start.numel() ** 0.5)
         if len(diagonal) == min(steps, start.numel()) or invariant or (done is not None and done(_gathered(basis, diagonal, off, rest))):
             break
@@ -67,7 +67,7 @@ def function_times_vector(product: Product, f: Callable[[Tensor], Tensor], vecto
     >>> function_times_vector(lambda v: C @ v, torch.abs, torch.ones(2), steps=2).round()
     tensor([1., 2.])
     """
-    size = vector.norm()
+    size = norm(vector)
     if not bool(size > 0):
         return torch.zeros_like(vector)
     found = tridiagonalise(product, vector, steps)

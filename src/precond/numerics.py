@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,31 @@ def round_off(eigenvalues: Tensor) -> Tensor:
     """
     noise = ROUNDING * torch.finfo(eigenvalues.dtype).eps * eigenvalues.abs().amax(-1, keepdim=True)
     return torch.where(eigenvalues.abs() <= noise, torch.zeros_like(eigenvalues), eigenvalues)
+
+
+def powers_of_two(V: Tensor) -> Tensor:
+    """For each column of `V` (n, k) the power of two nearest above its largest entry, within the normal numbers; 1 for a column of zeros.
+
+    Division by it is exact, so that what follows is computed to the same bits wherever nothing would under- or overflow.
+
+    >>> powers_of_two(torch.tensor([[3.0, 0.25, 0.0], [-1.0, 0.0, 0.0]]))
+    tensor([4.0000, 0.5000, 1.0000])
+    """
+    largest = V.abs().amax(0) if len(V) else V.new_zeros(V.shape[1])
+    limit = -round(math.log2(torch.finfo(V.dtype).tiny))  # that of the smallest normal number
+    exponents = torch.frexp(largest).exponent.clamp(-limit, limit)
+    return torch.where((largest > 0) & largest.isfinite(), torch.ldexp(torch.ones_like(largest), exponents), 1.0)
+
+
+def norm(v: Tensor) -> Tensor:
+    """|v| of a vector (n,), 0-dim, where the squares of its entries under- or overflow as well.
+
+    >>> norm(torch.tensor([3e30, 4e30])) / 1e30
+    tensor(5.)
+    """
+    unit = powers_of_two(v.unsqueeze(1)).squeeze(0)
+    length: Tensor = (v / unit).norm() * unit
+    return length
 
 
 def eigh(A: Tensor) -> tuple[Tensor, Tensor]:

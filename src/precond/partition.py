@@ -25,10 +25,10 @@ class Partition:
         self.model, self._held = model, held
         ids = held()
         trainable = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
-        self.tensors = {n: p for n, p in trainable.items() if ids is None or id(p) in ids}
-        """Canonical name -> the parameter itself, for all that are trained."""
+        self.tensors = {n: p for n, p in trainable.items() if p.numel() and (ids is None or id(p) in ids)}
+        """Canonical name -> the parameter itself, for all that are trained and have entries."""
         self.unheld = {n: tuple(p.shape) for n, p in trainable.items() if n not in self.tensors}
-        """Shapes of the trainable parameters that the optimizer does not hold."""
+        """Shapes of the trainable parameters that the optimizer does not hold, or that have no entries."""
         self.layers = _layers(model, self.tensors)
         self.parameters = _parameters(self.tensors, self.layers)
         self._signature = self._present()

@@ -37,6 +37,18 @@ def choose(name: str, known: Iterable[str], what: str, key: str) -> None:
         raise RecipeError(f"{name!r} is not one {what}{closest(name, known)}", key, name)
 
 
+def check_numbers(data: Any, *at: str) -> None:
+    """Refuse whole numbers beyond the 64 bits of TOML, which Python would read, at any depth; at: the keys above."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            check_numbers(value, *at, key)
+    elif isinstance(data, list):
+        for value in data:
+            check_numbers(value, *at)
+    elif isinstance(data, int) and not -(2**63) <= data < 2**63:
+        raise RecipeError(f"{at[-1]!r} has a whole number of more than 64 bits, which TOML does not have.", *at)
+
+
 def line_of(text: str, at: Sequence[str]) -> str:
     """', line N': of the first line that starts with or quotes the last word, from the first one's line on; of that one's without it."""
     found = 0
@@ -91,7 +103,7 @@ def fits(value: Any, hint: Any) -> bool:
     if inner:
         return any(fits(value, each) for each in inner)
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and value == value  # not NaN
     return isinstance(value, hint if isinstance(hint, type) else (bool, int, float, str, list))
 
 

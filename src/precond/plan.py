@@ -10,7 +10,7 @@ from torch import nn
 from precond.blocks import Block
 from precond.damping import Damping
 from precond.matrices import Matrix
-from precond.observe import Demand, Kind
+from precond.observe import Demand, Kind, SelfCheck
 from precond.partition import Partition
 from precond.representations import Representation
 from precond.solvers import Solver
@@ -51,3 +51,9 @@ class Plan:
     def observed_layers(self) -> dict[str, nn.Module]:
         names = frozenset().union(*(d.layers for d in self.demands if d.kind in ("columns", "factors", "layer_secant")))
         return {n: layer.module for n, layer in self.partition.layers.items() if n in names}
+
+    def selfcheck(self) -> SelfCheck | None:
+        """Compares the gradients of blocks made of columns with what the calls of their layers explain."""
+        names = {p.name: b.block.name for b in self.blocks if b.kind == "columns" for p in b.block.parameters}
+        layers = self.partition.layers
+        return SelfCheck(lambda seen: layers[seen.name].total(seen), names) if names and self.observed_layers() else None

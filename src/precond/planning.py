@@ -105,7 +105,7 @@ def make_plan(partition: Partition, default: Triple, overrides: Overrides | None
     chosen = _choose(partition, default, overrides or {})
     draft = _Draft(partition, strict)
     draft.left |= {p.name: "left by an override" for owner, triple in chosen.items() if triple is None for p in partition.owned(owner)}
-    draft.left |= dict.fromkeys(partition.unheld, "not in the optimizer")
+    draft.left |= {n: "it has no entries" if 0 in shape else "not in the optimizer" for n, shape in partition.unheld.items()}
     groups: dict[int, tuple[Triple, list[str]]] = {}
     for owner, triple in chosen.items():
         if triple is not None and partition.owned(owner):

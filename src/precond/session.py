@@ -17,7 +17,7 @@ from precond.directions import Vectors, directions, finite_only, gathered
 from precond.distributed import Group
 from precond.errors import UsageError
 from precond.likelihoods import Likelihood
-from precond.observe import LossReader, Observer, SelfCheck, Tensors
+from precond.observe import LossReader, Observer, Tensors
 from precond.options import Options, check_history
 from precond.partition import Partition
 from precond.plan import Plan
@@ -95,11 +95,7 @@ class Session:
 
     def _observe_with(self, plan: Plan) -> Observer:
         layers = plan.observed_layers()
-        check = None
-        if self.options.self_check and layers:
-            names = {p.name: b.block.name for b in plan.blocks if b.kind == "columns" for p in b.block.parameters}
-            partition = plan.partition
-            check = SelfCheck(lambda seen: partition.layers[seen.name].total(seen), names)
+        check = plan.selfcheck() if self.options.self_check else None
         observer = Observer(
             self.model, layers, plan.demands, due=self.due, step=lambda: self.progress.step, seed=lambda: self.progress.seed,
             params=list(plan.partition.tensors.values()), rank=self.group.rank, rows=self._rows(), selfcheck=check, renew=self.renew,
@@ -127,8 +123,8 @@ class Session:
         if not self.plan.partition.outdated():
             return None
         old, parts = self.plan, self.observer.parts
+        self.plan = self._plan()  # where this raises, the hooks stay: what is wrong is said again at each pass
         self.observer.remove()
-        self.plan = self._plan()
         self.observer = self._observe_with(self.plan)
         numbers = {(d.matrix, d.kind): number for number, d in enumerate(self.plan.demands)}
         same = {b.block.name for b in self.plan.blocks for o in old.blocks if _coordinates(b.block) == _coordinates(o.block)}

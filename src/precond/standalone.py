@@ -37,6 +37,7 @@ def curvature(
     model: nn.Module, criterion: nn.Module, inputs: Any = None, targets: Targets | None = None, *, matrix: str | Matrix | type[Matrix],
     repr: str | Representation | type[Representation] | Auto, seed: int | None = None, exact: bool = False,
     batches: Iterable[Batch] | None = None, pairs: Iterable[SecantPair] | None = None, strict: bool = False, rows: Mapping[str, str] | None = None,
+    self_check: bool = True,
 ) -> BlockDiagonal:  # fmt: skip
     """A curvature matrix in a representation, at the model's present parameters.
 
@@ -53,6 +54,8 @@ def curvature(
             layer names to vectors in the space of the layer's outputs, beside inputs and targets.
         matrix, repr: a name or an instance. strict: raise instead of falling back where a layer cannot be hosted.
         seed: keys sampled labels; drawn from torch's generator when None (which is put back).
+        self_check: whether a gradient is rebuilt from the calls of the layers first, for the price of a column, where the matrix is made of
+            them: a weight that is used outside its layer, say, is an error then. 'matrix_free' sees every use.
         exact: refuse BatchNorm in training mode, whose columns carry cross-example terms.
 
     Returns:
@@ -79,7 +82,10 @@ def curvature(
         _refuse_batch_statistics(plain)
     with _unchanged(plain):
         key = int(torch.randint(2**31, ()).item()) if seed is None else seed
-        observer = Observer(plain, plan.observed_layers(), plan.demands, due=lambda: True, step=lambda: 0, seed=lambda: key, params=[], rows=rows)
+        observer = Observer(
+            plain, plan.observed_layers(), plan.demands, due=lambda: True, step=lambda: 0, seed=lambda: key, params=[], rows=rows,
+            selfcheck=plan.selfcheck() if self_check else None,
+        )  # fmt: skip
         observer.watch_model()
         try:
             gradients = _record(observer, plan, criterion, likelihood, data)

@@ -48,7 +48,8 @@ class PerFactor(Damping):
         super().__post_init__()
         if isinstance(self.only, list):  # as a recipe has it
             object.__setattr__(self, "only", tuple(self.only))
-        if self.only is not None and not (isinstance(self.only, tuple) and self.only and all(isinstance(m, int) and not isinstance(m, bool) for m in self.only)):
+        numbers = isinstance(self.only, tuple) and self.only and all(isinstance(m, int) and not isinstance(m, bool) for m in self.only)
+        if self.only is not None and not numbers:
             raise ValueError(f"PerFactor(only={self.only!r}): it is a list of the numbers of factors, such as [1], or None for all.")
 
     def _damped(self, factors: Sequence[Operator]) -> list[Operator]:

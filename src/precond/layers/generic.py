@@ -32,10 +32,10 @@ def example_dim(module: nn.Module, name: str, tensor: Tensor, batch: int) -> int
 
 
 def _named(seen: LayerColumns) -> dict[str, Any]:
-    """The arguments by position or keyword; an LSTM's pair of initial states as two."""
+    """The arguments by position or keyword; the pair of states of an LSTM, or of its cell, as two."""
     named = {str(i): a for i, a in enumerate(seen.args)} | dict(seen.kwargs)
     for key in ("1", "hx"):
-        if isinstance(seen.module, nn.LSTM) and isinstance(named.get(key), (tuple, list)):
+        if isinstance(seen.module, (nn.LSTM, nn.LSTMCell)) and isinstance(named.get(key), (tuple, list)):
             named |= {f"{key}.{i}": state for i, state in enumerate(named.pop(key))}
     return named
 

@@ -51,6 +51,8 @@ def differentiate_batch(
     ones = torch.ones_like(loss)
     part.likelihood, unit, part.scale = weigh(part.likelihood, part.output.detach(), part.target, ones)
     part.weight = 1.0 / part.scale if likelihood.reduction != "sum" else torch.ones_like(part.scale)
+    if observer.selfcheck is not None and observer.selfcheck.pending:
+        observer.selfcheck.batch(part, observer.model, frozenset(observer.layers))
     gradient: Tensors = {}
     if params:
         found = torch.autograd.grad(loss, list(params.values()), ones / unit.to(loss.dtype), retain_graph=True, allow_unused=True)

@@ -21,7 +21,7 @@ from precond.observe.observation import Drawn
 from precond.observe.records import Call, Clock, Forward
 from precond.observe.replay import save_rng
 from precond.observe.shared import SHARED, over_examples
-from precond.observe.trees import detached, tensors_in, versions
+from precond.observe.trees import apart, detached, tensors_in, versions
 
 _keys = itertools.count()
 _LIVE_FORWARDS = 16  # graphs of never-differentiated forward passes with several outputs that may be alive at once
@@ -72,7 +72,7 @@ class Recorder(ABC):
         self.clock.backward = None  # a backward pass that raised never told us that it ended
         self._layer_handles.remove()
         self._open = None
-        if self._idle():
+        if self._idle() or _substituted(model):
             return
         renewed = self.renew()
         if renewed is not None:  # its own hooks, hung during this call, are called from the end of this pass on
@@ -105,7 +105,7 @@ class Recorder(ABC):
         if not torch.is_grad_enabled():
             forward.without_grad = True
             return None
-        args, kwargs, handed_on = self.spread(name, args, kwargs, output, forward.batch)
+        args, kwargs, handed_on = self.spread(name, args, kwargs, apart(output), forward.batch)
         forward.calls.append(self.call(name, module, args, kwargs, handed_on, true_columns))
         return None if handed_on is output else handed_on
 
@@ -177,6 +177,12 @@ class Recorder(ABC):
             oldest = self._multi_output.popleft()()
             if oldest is not None and not oldest.differentiated:
                 oldest.calls.clear()
+
+
+def _substituted(model: nn.Module) -> bool:
+    """Whether this pass runs on tensors of the caller's own, as `torch.func.functional_call` does, and trains none of the model's."""
+    held = [isinstance(p, nn.Parameter) for p in model.parameters() if p.requires_grad or not isinstance(p, nn.Parameter)]
+    return bool(held) and not any(held)
 
 
 def draws(module: nn.Module) -> bool:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from precond.errors import ObservationError
 from precond.observe.catch import GradientCatch
+from precond.observe.guard import own_pass
+from precond.observe.names import canonical
 from precond.observe.observation import LayerColumns
+from precond.observe.passes import nested_columns
 from precond.observe.records import CriterionCall
 from precond.observe.trees import tensors_in
 from precond.observe.truth import true_columns
@@ -43,17 +46,35 @@ class SelfCheck:
         if not accumulated or not parts:
             return
         self.pending = False
-        rebuilt: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        noise: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         unit = torch.ones((), dtype=torch.float64)
+        found: list[tuple[LayerColumns, list[torch.dtype]]] = []
         for forward in {id(p.forward): p.forward for p in parts}.values():
             calls = [c for c in forward.calls if c.name in layers]
             for recorded, call in zip(calls, true_columns(forward, backward, layers, unit), strict=True):
-                if any(g is not None for g in call.grads):
-                    raw = [g.dtype for slot in recorded.slots for _, g in slot]  # `true_columns` widens half precision
-                    for name, gradient in self.rebuild(call).items():
-                        rebuilt[name] = rebuilt[name].to(gradient) + gradient
-                        noise[name] = noise[name].to(gradient) + _rounding(call, raw)
+                found.append((call, [g.dtype for slot in recorded.slots for _, g in slot]))  # `true_columns` widens half precision
+        self._compare(seen, found)
+
+    def batch(self, part: CriterionCall, model: nn.Module, layers: frozenset[str]) -> None:
+        """The same for a batch that has no backward pass, from one column of fixed random signs at the criterion's input."""
+        self.pending = False
+        generator = torch.Generator().manual_seed(0)
+        signs = (2.0 * torch.randint(2, part.output.shape, generator=generator) - 1.0).to(part.output)
+        params = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad and canonical(n) in self.names}
+        with own_pass():
+            true = torch.autograd.grad([part.output], list(params.values()), [signs], retain_graph=True, allow_unused=True)
+            calls = nested_columns(part, signs.unsqueeze(0), layers)
+        seen = {name: gradient.detach() for name, gradient in zip(params, true, strict=True) if gradient is not None}
+        self._compare(seen, [(call, []) for call in calls])
+
+    def _compare(self, seen: Mapping[str, Tensor], found: Sequence[tuple[LayerColumns, list[torch.dtype]]]) -> None:
+        """True gradients with what the calls of the layers explain; each with the dtypes that its columns came in."""
+        rebuilt: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        noise: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        for call, raw in found:
+            if any(g is not None for g in call.grads):
+                for name, gradient in self.rebuild(call).items():
+                    rebuilt[name] = rebuilt[name].to(gradient) + gradient
+                    noise[name] = noise[name].to(gradient) + _rounding(call, raw)
         for name, block in self.names.items():
             if name in seen:
                 _compare(name, block, seen[name], rebuilt[name], noise[name])
@@ -85,5 +106,5 @@ def _compare(name: str, block: str, gradient: Tensor, rebuilt: Tensor, noise: Te
             f"the gradient of {name!r} is not what the calls of its layer explain (relative difference {float(difference / size):.1e}), so "
             f"the curvature of block {block!r} would be wrong. Its weight is used outside the layer's forward, it is part of a loss that no "
             f"attached criterion computes, or the layer enumerates its examples in another order. Leave the block out with "
-            f"overrides={{{block!r}: None}}, attach every criterion, or pass self_check=False if the difference is meant."
+            f"overrides={{{block!r}: None}} (of curvature(): freeze it), attach every criterion, or pass self_check=False if the difference is meant."
         )

@@ -42,6 +42,22 @@ def detached(tree: Any) -> Any:
     return tree
 
 
+def apart(tree: Any) -> Any:
+    """Several outputs, each as a view of its own: the gradient that comes back at one is not also that of another which was made from it.
+
+    In tuples and lists; anything else, and a single output, is handed on as it is.
+    """
+    if type(tree) not in (tuple, list) or sum(tensor.requires_grad for tensor in tensors_in(tree)) < 2:
+        return tree
+    return _viewed(tree)
+
+
+def _viewed(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.view_as(tree) if tree.requires_grad else tree
+    return type(tree)(_viewed(value) for value in tree) if type(tree) in (tuple, list) else tree
+
+
 def versions(tree: Any) -> tuple[int, ...]:
     """The in-place counters of all tensors: unequal later means that somebody wrote into one."""
     return tuple(tensor._version for tensor in tensors_in(tree) if not tensor.is_inference())

@@ -45,6 +45,9 @@ class MatrixFree(Representation):
     def beside(self) -> Mapping[str, tuple[str, Kind]]:
         return {} if self.diagonal is None else {"diagonal": (self.diagonal, "columns")}
 
+    def centring(self) -> Mapping[str, Stat]:
+        return {}  # products come centred
+
     def statistics(self, block: Block) -> Mapping[str, Stat]:
         return {"product": Stat("local")} | ({} if self.diagonal is None else {"diagonal": Stat("mean", form="diagonal")})
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from precond.damping import Damping
 from precond.errors import SolverFailure
+from precond.numerics import powers_of_two
 from precond.operators import Operator, pack, unpack
 from precond.solvers.base import REGISTRY, State
 from precond.solvers.preconditioners import Jacobi, Preconditioner
@@ -36,7 +37,8 @@ class CG(ProductSolver):
             price of few products far from the minimum (Dembo and Steihaug 1983, who take a tolerance of 0.5).
         progress: stop, with k = max(10, i / 10), when the last k of i iterations lowered phi(x) = x^T C x / 2 - b^T x by less than k times
             this multiple of phi (Martens 2010, who takes 5e-4); 0: never.
-        warm_start: start from this multiple of the previous solution; 0 starts from zero.
+        warm_start: start from this multiple of the previous solution; 0 starts from zero. So does a column whose residual there exceeds the
+            right-hand side by 1 / sqrt(eps), as after a spike: what rounding leaves of such a start would outlast the iteration.
         preconditioner: "jacobi", a `Jacobi`, or a function of the damped operator that gives an operator close to its inverse.
         negative_curvature: at a direction d with d^T C d <= 0, "truncate" returns the solution so far (b itself, preconditioned, at the
             first iteration), "raise" fails, "boundary" goes along d to |x| = radius.
@@ -98,24 +100,34 @@ class CG(ProductSolver):
         P = unpack(state["preconditioner"]) if "preconditioner" in state else None
         before: Tensor | None = state.get("x") if self.warm_start else None
         start = self.warm_start * before if before is not None and before.shape == V.shape else None
-        X, iterations, residual = _Solve(self, damped, P, V, start).run()
+        units = powers_of_two(V) if self.radius is None else V.new_ones(V.shape[1])  # a radius has units of its own
+        X, iterations, residual = _Solve(self, damped, P, V, start, units).run()
+        X = X * units
         return X, state | {"x": X, "iterations": iterations, "residual": residual}
 
 
 class _Solve:
-    """One solve of columns B (n, k); `active` are the columns not yet done, and R, D, rz have those alone."""
+    """One solve of columns B (n, k) in `units` (k,); `active` are the columns not yet done, and R, D, rz have those alone."""
 
-    def __init__(self, options: CG, C: Operator, P: Operator | None, B: Tensor, start: Tensor | None) -> None:
-        self.options, self.C, self.P, self.B = options, C, P, B
-        self.X = torch.zeros_like(B) if start is None else start.clone()
+    def __init__(self, options: CG, C: Operator, P: Operator | None, B: Tensor, start: Tensor | None, units: Tensor) -> None:
+        self.options, self.C, self.P = options, C, P
+        self.B = B = B / units  # so that no square underflows or overflows
+        self.X, self.R = self._start(None if start is None else start / units)
         self.sizes = B.norm(dim=0)
         self.residuals = torch.zeros_like(self.sizes)
-        self.tolerances = self.sizes.sqrt() if options.forcing == "superlinear" else torch.full_like(self.sizes, options.tolerance)
+        self.tolerances = (self.sizes * units).sqrt() if options.forcing == "superlinear" else torch.full_like(self.sizes, options.tolerance)
         self.tolerances = self.tolerances.clamp(max=options.tolerance)
         self.active = torch.arange(B.shape[1], device=B.device)
-        self.R = B.clone() if start is None else B - C @ self.X
         self.D, self.rz = self.R, self.sizes
         self.values: list[Tensor] = []  # phi by iteration, of all columns
+
+    def _start(self, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Where the iteration starts, and the residual there: zero for a column whose start is far too large."""
+        if start is None:
+            return torch.zeros_like(self.B), self.B.clone()
+        R = self.B - self.C @ start
+        good = R.norm(dim=0) * torch.finfo(R.dtype).eps ** 0.5 <= self.B.norm(dim=0)  # not where it is NaN
+        return torch.where(good, start, 0.0), torch.where(good, R, self.B)
 
     def run(self) -> tuple[Tensor, int, float]:
         """Solution, iterations and relative residual, the largest over the columns."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from precond.damping import Damping
 from precond.errors import SolverFailure
 from precond.lanczos import Tridiagonal, first_column, tridiagonalise
-from precond.numerics import round_off
+from precond.numerics import norm, round_off
 from precond.operators import Absolute, Operator, Shifted
 from precond.solvers.base import REGISTRY, State
 from precond.solvers.products import ProductSolver
@@ -101,7 +101,7 @@ class Krylov(ProductSolver):
 
     def _solve(self, damped: Operator, b: Tensor, previous: Tensor | None) -> tuple[Tensor, int]:
         """One column, and the dimension of its Krylov space."""
-        size = b.norm()
+        size = norm(b)
         if not bool(size != 0):
             return torch.zeros_like(b), 0
         if self.method == "minres":

@@ -61,7 +61,8 @@ class Momentum(Transform):
     def _one(self, x: Tensor, state: State, name: str) -> Tensor:
         if name not in state:
             state[name] = {"average": torch.zeros_like(x), "weight": torch.zeros((), dtype=torch.float64, device=x.device)}
-        own, beta, finite = state[name], self.beta, all_finite([x])
+        own, beta = state[name], self.beta
+        finite = all_finite([x.norm()])  # a block whose norm overflows does not move, and would be remembered for long
         first = own["weight"] == 0
         take = 1 - self.dampening * (~first).to(x.dtype) if self.form == "sum" else 1 - beta
         own["average"] = torch.where(finite, beta * own["average"] + take * x, own["average"])
