@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=30.0, help="seconds a run may take")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--json", type=Path, help="keep the outcomes here, and go on from them")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "recipes.md")
+    parser.add_argument("--out", type=Path, help="where the page goes; by default to docs/benchmarks, once all recipes and problems are in it")
     options = parser.parse_args()
     from rich.progress import track
 
@@ -262,7 +262,11 @@ def main() -> None:
         if row.error:
             print(f"{row.method} on {row.problem}: {row.error}", file=sys.stderr)
     command = " ".join(["python benchmarks/recipes.py", *sys.argv[1:]])
-    options.out.write_text(
+    if options.out is None and len(rows) < len(PROBLEMS) * (1 + len(precond.recipes())):
+        print("not all recipes on all problems: the page in docs stays as it is; write this one with --out", file=sys.stderr)
+        return
+    out = options.out or Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "recipes.md"
+    out.write_text(
         "# Every recipe beside tuned SGD\n\nWritten by `benchmarks/recipes.py`, whose head says what is measured. The loss over all examples, and in "
         "brackets the learning rate chosen;\nbold where it is below the best of SGD's 18 runs.\n\n"
         f"```\n{command}\n```\n\n{head}\n\n{made}\n\n## Below SGD on no problem\n\n{behind(rows, REASONS)}\n"
