@@ -39,7 +39,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # a checko
 
 import precond
 
-BATCH = 64
 FACTORS = (0.04, 0.2, 1.0, 5.0, 25.0)
 """Of a recipe's own learning rate."""
 SGD_RATES = tuple(10 ** (k / 2) for k in range(-6, 3))
@@ -98,9 +97,11 @@ class Best:
     lr: float
     stopped: int | None = None
     error: str | None = None
+    steps: int = 200
+    batch: int = 64
 
 
-def run(problem: Problem, data: tuple[Tensor, Tensor], build: Callable[[nn.Module, nn.Module], Any], steps: int, limit: float) -> Outcome:
+def run(problem: Problem, data: tuple[Tensor, Tensor], build: Callable[[nn.Module, nn.Module], Any], steps: int, batch: int, limit: float) -> Outcome:
     """Train once; `build(model, criterion)` returns (optimizer, preconditioner or None)."""
     inputs, targets = problem.inputs(data[0]), problem.targets(*data)
     torch.manual_seed(0)
@@ -111,7 +112,7 @@ def run(problem: Problem, data: tuple[Tensor, Tensor], build: Callable[[nn.Modul
         optimizer, preconditioner = build(model, criterion)
         with preconditioner or nullcontext():
             for step in range(steps):
-                rows = torch.randint(len(inputs), (BATCH,), generator=batches)
+                rows = torch.randint(len(inputs), (batch,), generator=batches)
                 optimizer.zero_grad()
                 criterion(model(inputs[rows]), targets[rows]).backward()
                 optimizer.step()
@@ -124,20 +125,20 @@ def run(problem: Problem, data: tuple[Tensor, Tensor], build: Callable[[nn.Modul
     return Outcome(loss if math.isfinite(loss) else math.inf, steps)
 
 
-def best(name: str, problem: str, steps: int, limit: float) -> Best:
+def best(name: str, problem: str, steps: int, batch: int, limit: float) -> Best:
     """The best of the learning rates; a run stopped by the limit stops the search."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found: list[tuple[float, float, Outcome]] = []
     for build, lr in _sgd() if name == "sgd" else _recipe(name):
-        outcome = run(PROBLEMS[problem], _data(), build, steps, limit)
+        outcome = run(PROBLEMS[problem], _data(), build, steps, batch, limit)
         found.append((outcome.loss, lr, outcome))
         if outcome.steps < steps and not (outcome.error and outcome.error.startswith("RefreshFailure")):  # another rate may be stable
             break
     loss, lr, _ = min(found, key=lambda entry: entry[:2])
     last = found[-1][2]
     stopped = last.steps if 0 < last.steps < steps else None
-    return Best(name, problem, loss if stopped is None else math.inf, lr, stopped, last.error)
+    return Best(name, problem, loss if stopped is None else math.inf, lr, stopped, last.error, steps, batch)
 
 
 def _data() -> tuple[Tensor, Tensor]:
@@ -215,26 +216,28 @@ def behind(rows: list[Best], reasons: dict[str, str]) -> str:
 
 
 REASONS = {
-    "bfgs": "it learns one direction a step, and 200 are few for 650 dimensions and more; elsewhere it keeps the scale of its first pair. With all data as "
-    "the batch it is behind as well (0.078 after 100 steps of logistic regression, SGD 0.042), while `lbfgs`, which takes the scale of the newest pair, "
-    "is far ahead (0.0004).",
+    "bfgs": "it learns one direction a step, and 200 are few for 650 dimensions and more; elsewhere it keeps the scale of its first pair. With batches of "
+    "1,797 it is behind as well (0.079, SGD 0.041), while `lbfgs`, which takes the scale of the newest pair, is far ahead (0.0004): "
+    "`--recipes bfgs lbfgs --problems logistic --steps 100 --batch 1797`.",
     "diagonal_ng": "pixels that are not centred make the weights into a unit move together, which a diagonal does not see; `unit_wise_ng`, which does, is "
     "ahead on two problems.",
     "newton_cg": "without a line search it needs a damping of 0.3 to stand the indefinite batches of the networks, more than most of the curvature of "
     "logistic regression, and its CG stops at half the residual; `newton` has neither and is ahead there.",
-    "psgd": "its dense factor is learned by a tenth of a step at a time from a start that knows nothing; after 1,000 steps of logistic regression it is "
-    "ahead (0.0109, SGD 0.0123).",
+    "psgd": "its dense factor is learned by a tenth of a step at a time from a start that knows nothing; it is behind in a longer run "
+    "too (0.0109, SGD 0.0047): `--recipes psgd --problems logistic --steps 1000`.",
     "sophia_h": "its average of the diagonal starts at zero and sees 20 products in 200 steps, so that nearly every entry is clipped to the sign of the "
-    "momentum; it is made for long runs, and after 1,000 steps is still behind (0.0171 on logistic regression, SGD 0.0123).",
+    "momentum; it is made for long runs of large models, and is behind in a longer one too (0.0171, SGD 0.0047): "
+    "`--recipes sophia_h --problems logistic --steps 1000`.",
 }
-"""Why a recipe is behind SGD here, found by runs of the kind that each tells of; printed only where it is."""
+"""Why a recipe is behind SGD here, with the options of this script that print what is quoted; printed only where it is behind."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=precond.recipes())
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=Best.steps)
+    parser.add_argument("--batch", type=int, default=Best.batch, help="examples a batch, drawn with replacement")
     parser.add_argument("--limit", type=float, default=30.0, help="seconds a run may take")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--json", type=Path, help="keep the outcomes here, and go on from them")
@@ -243,10 +246,12 @@ def main() -> None:
     from rich.progress import track
 
     rows = _load(options.json) if options.json and options.json.exists() else []
+    if any((row.steps, row.batch) != (options.steps, options.batch) for row in rows):
+        parser.error(f"{options.json} holds searches of other steps or batches: give another file")
     finished = {(row.method, row.problem) for row in rows}
     tasks = [(name, problem) for problem in options.problems for name in ["sgd", *options.recipes] if (name, problem) not in finished]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = [pool.submit(best, *task, options.steps, options.limit) for task in tasks]
+        pending = [pool.submit(best, *task, options.steps, options.batch, options.limit) for task in tasks]
         try:
             for future in track(as_completed(pending), description="training", total=len(pending)):
                 rows.append(future.result())
@@ -256,7 +261,7 @@ def main() -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             print(f"interrupted: the table has the {len(rows)} of {len(tasks) + len(finished)} searches that were finished", file=sys.stderr)
     made = table(rows)
-    head = f"{options.steps} steps, batches of {BATCH}, float32; {platform.machine()} CPU, {options.jobs} processes of 1 thread, torch {torch.__version__}"
+    head = f"{options.steps} steps, batches of {options.batch}, float32; {platform.machine()} CPU, {options.jobs} processes of 1 thread, torch {torch.__version__}"
     print(head, made, sep="\n\n")
     for row in rows:
         if row.error:

@@ -8,15 +8,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from precond.blocks import Block, Scope
+from precond.blocks import Block
 from precond.observe import Kind, Observation, Probes
 from precond.operators import BlockDiagonal, FitName, Operator, Pairs
 from precond.representations.base import Representation, Statistics, refuse_kind
+from precond.representations.hosted import Hosted
 from precond.statistics import Stat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted(Representation):
+class Fitted(Hosted):
     """The pair (v, h) of the step on a block: h = C v, or of the gradient h and independent noise v.
 
     v is normal on all parameters, as published, so that one product of the whole matrix serves all blocks. What a block fits is then
@@ -32,14 +33,6 @@ class Fitted(Representation):
 
     host: Representation
     whitening: bool = False
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # the registry gave the host its name
-        return self.host.name
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        return self.host.scope
 
     @property
     def fit(self) -> FitName | None:  # type: ignore[override]

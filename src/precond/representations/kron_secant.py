@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from precond.blocks import Block, Scope
+from precond.blocks import Block
 from precond.observe import Columns, Factors, Moved, Observation, Pair, Part
 from precond.operators import Operator, Probed, Secant, SecantKronecker, SecantMemory
 from precond.representations.base import Representation, Statistics, refuse_kind, zeros
+from precond.representations.hosted import Hosted
 from precond.representations.inputs import input_rows
 from precond.representations.memory_secant import nothing, remember
 from precond.secant import PairRule
@@ -19,7 +20,7 @@ from precond.statistics import Stat
 
 
 @dataclass(frozen=True, kw_only=True)
-class KronSecant(Representation):
+class KronSecant(Hosted):
     """C_l ~ B (x) A: A the second moment of the inputs, B made by pairs of mean outputs and mean output gradients.
 
     s is the change of the mean over rows of W a, y that of scale * sum over rows of g, from the parameters before the
@@ -38,14 +39,6 @@ class KronSecant(Representation):
 
     host: Representation
     memory: int | None = None
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # the registry gave the host its name
-        return self.host.name
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        return self.host.scope
 
     def hosts(self, block: Block) -> str | None:
         owner = next(iter(block.layers.values()))

@@ -9,12 +9,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from precond.blocks import Block, Scope
+from precond.blocks import Block
 from precond.errors import ObservationError
 from precond.layers import OneHot, Ragged, Rule
 from precond.observe import Columns, Factors, Observation, Part
 from precond.operators import BlockDiagonal, Dense, Diagonal, Gram, Kronecker, LowRank, Operator
-from precond.representations.base import Representation, Statistics, refuse_kind, zeros
+from precond.representations import hosted
+from precond.representations.base import Statistics, refuse_kind, zeros
+from precond.representations.hosted import Hosted
 from precond.representations.inputs import InputRows, count, second_moment
 from precond.representations.outputs import output_moment
 from precond.statistics import Form, Stat
@@ -24,13 +26,9 @@ Structure = Literal["dense", "diagonal", "block", "identity", "rank_one", "rows"
 Sizes = dict[str, tuple[int, ...]]
 
 
-class Host(Protocol):
+class Host(hosted.Host, Protocol):
     """The options and the observed rows of `kron_io`."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def scope(self) -> Scope: ...
     @property
     def sharing(self) -> str: ...
     @property
@@ -48,7 +46,7 @@ class Host(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KronStructured(Representation):
+class KronStructured(Hosted):
     """C_l ~ B (x) A with the factors of `kron_io` restricted to their structures; see there.
 
     A factor of rank one is exceeded by the dense one by a positive semi-definite matrix; two are a `Gram` of one row, g a^T, never formed. More
@@ -58,14 +56,6 @@ class KronStructured(Representation):
     requests = ("columns", "factors")
 
     host: Host
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # the registry gave the host its name
-        return self.host.name
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        return self.host.scope
 
     @property
     def structure(self) -> type[Operator]:  # type: ignore[override]

@@ -9,24 +9,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from precond.blocks import Block, Scope
+from precond.blocks import Block
 from precond.lanczos import eigenpairs
 from precond.numerics import eigh
 from precond.observe import Observation, Product
 from precond.operators import LowRank, Operator
 from precond.randomness import keyed_generator
-from precond.representations.base import Representation, Statistics, multiplied, refuse_kind, zeros
+from precond.representations import hosted
+from precond.representations.base import Statistics, multiplied, refuse_kind, zeros
+from precond.representations.hosted import Hosted
 from precond.statistics import Stat
 from precond.truncation import Truncation
 
 
-class Host(Protocol):
+class Host(hosted.Host, Protocol):
     """The options of a low-rank representation."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def scope(self) -> Scope: ...
     @property
     def rank(self) -> int | None: ...
     @property
@@ -38,7 +36,7 @@ class Host(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leading(Representation):
+class Leading(Hosted):
     """C ~ V D V^T by the Lanczos process, kept as C+ - C- with C+ = U+^T U+ and C- = U-^T U-; see `Rows.method`.
 
     Each of the two is averaged as other rows are, and truncated for itself; their difference is truncated again. With as many products as
@@ -49,14 +47,6 @@ class Leading(Representation):
     structure = LowRank
 
     host: Host
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # the registry gave the host its name
-        return self.host.name
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        return self.host.scope
 
     @property
     def rows(self) -> Stat:

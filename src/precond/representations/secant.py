@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from precond.blocks import Block, Scope
+from precond.blocks import Block
 from precond.observe import Kind, Observation, Pair, Slope
 from precond.operators import Diagonal, Operator, Secant
 from precond.representations.base import Representation, Statistics, refuse_kind, zeros
 from precond.representations.fitted import over_probes
+from precond.representations.hosted import Hosted
 from precond.secant import PairRule
 from precond.statistics import Stat
 
@@ -21,7 +22,7 @@ Division = Literal["whole", "rows", "entries"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseSecant(Representation):
+class DenseSecant(Hosted):
     """B of a block from pairs in the space of its parameters.
 
     host: whose name and scope it has. division: one matrix a block, a stack of one a row, each made from its part of the
@@ -35,14 +36,6 @@ class DenseSecant(Representation):
 
     host: Representation
     division: Division = "whole"
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # the registry gave the host its name
-        return self.host.name
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        return self.host.scope
 
     @property
     def structure(self) -> type[Operator]:  # type: ignore[override]

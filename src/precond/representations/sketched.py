@@ -9,24 +9,22 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from precond.blocks import Block, Scope
+from precond.blocks import Block
 from precond.numerics import eigh, symmetrise
 from precond.observe import Columns, Gradient, Observation, Product
 from precond.operators import LowRank, Operator
 from precond.randomness import keyed_generator
-from precond.representations.base import Representation, Statistics, mean_gradient, multiplied, refuse_kind, weighted_gradients, zeros
+from precond.representations import hosted
+from precond.representations.base import Statistics, mean_gradient, multiplied, refuse_kind, weighted_gradients, zeros
 from precond.representations.centring import deviation, first_moment
+from precond.representations.hosted import Hosted
 from precond.statistics import Stat
 from precond.truncation import Truncation
 
 
-class Host(Protocol):
+class Host(hosted.Host, Protocol):
     """The options of a low-rank representation."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def scope(self) -> Scope: ...
     @property
     def rank(self) -> int | None: ...
     @property
@@ -38,7 +36,7 @@ class Host(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sketched(Representation):
+class Sketched(Hosted):
     """S = W C with k = rank + oversample orthonormal random rows W (k, P), the same at every step; see `Rows.method`.
 
     What is made of it is C_k = S^T (S W^T)^+ S (Nystrom), cut to the rank. It is C where k is at least the rank of C. For a positive
@@ -56,14 +54,6 @@ class Sketched(Representation):
     centres: ClassVar[bool] = True
 
     host: Host
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # the registry gave the host its name
-        return self.host.name
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        return self.host.scope
 
     def remark(self, shape: tuple[int, ...]) -> str | None:
         return f"sketch of {self._width} directions, cut to {self.host.truncation}"
