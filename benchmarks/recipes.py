@@ -261,7 +261,8 @@ def main() -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             print(f"interrupted: the table has the {len(rows)} of {len(tasks) + len(finished)} searches that were finished", file=sys.stderr)
     made = table(rows)
-    head = f"{options.steps} steps, batches of {options.batch}, float32; {platform.machine()} CPU, {options.jobs} processes of 1 thread, torch {torch.__version__}"
+    machine = f"{platform.machine()} CPU, {options.jobs} processes of 1 thread, torch {torch.__version__}"
+    head = f"{options.steps} steps, batches of {options.batch}, float32; {machine}"
     print(head, made, sep="\n\n")
     for row in rows:
         if row.error:
