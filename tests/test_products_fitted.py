@@ -104,6 +104,7 @@ def test_bfgs_forgets_a_spike_also_in_float32() -> None:
     assert solver.apply(state, torch.eye(4))[0].abs().max() < 1e-15
     for _ in range(60):
         state = solver.refresh(state, Dense(A), NONE)
+    # loose: what is claimed is that the spike is forgotten, which left entries below 1e-15; pairs in float32 meet it to some digits
     assert_close(solver.apply(state, torch.eye(4))[0] @ A, torch.eye(4), rtol=1e-2, atol=1e-2)
 
 
